@@ -1,0 +1,1 @@
+"""Runs rounds, keeps the log, flashes boards, talks to people."""

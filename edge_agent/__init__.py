@@ -1,0 +1,1 @@
+"""All that a board executes, and the truth that both sides share."""

@@ -1,0 +1,1 @@
+"""What is true of a board and of a net before anyone learns."""

@@ -1,0 +1,1 @@
+"""Makes a net small enough for a board before training, and exports it."""
