@@ -169,7 +169,9 @@ def read_bundle(folder: Path) -> Bundle:
             raise BundleError(f"{folder} has bundle format {manifest['format']}; this release reads {FORMAT}")
         for name, expected in manifest["files"].items():
             if (found := _sha256(folder / name)) != expected:
-                raise BundleError(f"{folder / name} has SHA-256 {found[:16]}..., the manifest says {expected[:16]}...")
+                raise BundleError(
+                    f"{folder / name} has SHA-256 {found[:16]}..., the manifest says {expected[:16]}..."
+                )
         bundle = Bundle(
             folder=folder,
             model=manifest["model"],

@@ -90,7 +90,9 @@ def load_samples(path: Path, part: str, *, classes: int | None = None) -> Sample
         with np.load(path, allow_pickle=False) as archive:
             missing = [name for name in (f"x_{part}", f"y_{part}") if name not in archive.files]
             if missing:
-                raise DataError(f"{path} holds {', '.join(archive.files) or 'nothing'}; {missing[0]} is missing")
+                raise DataError(
+                    f"{path} holds {', '.join(archive.files) or 'nothing'}; {missing[0]} is missing"
+                )
             x, y = archive[f"x_{part}"], archive[f"y_{part}"]
     except FileNotFoundError:
         raise DataError(
@@ -103,7 +105,9 @@ def load_samples(path: Path, part: str, *, classes: int | None = None) -> Sample
 
 def _checked(x: NDArray[np.generic], y: NDArray[np.generic], where: str, classes: int | None) -> Samples:
     if x.ndim not in (2, 3, 4) or 0 in x.shape:
-        raise DataError(f"{where}: x has shape {x.shape}; rows (n, features) or images (n, H, W[, C]) are needed")
+        raise DataError(
+            f"{where}: x has shape {x.shape}; rows (n, features) or images (n, H, W[, C]) are needed"
+        )
     if not (np.issubdtype(x.dtype, np.number) or x.dtype == bool) or np.iscomplexobj(x):
         raise DataError(f"{where}: x has dtype {x.dtype}; numbers are needed")
     if np.issubdtype(x.dtype, np.floating) and not np.isfinite(x).all():
@@ -112,7 +116,9 @@ def _checked(x: NDArray[np.generic], y: NDArray[np.generic], where: str, classes
     if y.ndim == 2 and y.shape[1] == 1:
         y = y[:, 0]
     if y.shape != (len(x),):
-        raise DataError(f"{where}: y has shape {y.shape}; one label for each of the {len(x)} samples is needed")
+        raise DataError(
+            f"{where}: y has shape {y.shape}; one label for each of the {len(x)} samples is needed"
+        )
     labels = _labels(y, where)
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or (classes is not None and high >= classes):

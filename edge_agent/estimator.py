@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_agent.grid import RESERVE_STEPS, Term, move, perturb
+from edge_agent.optimizer import method_by_code
 from edge_agent.replay import Replica
 from edge_agent.wire import LARGEST_SCALAR, RoundPlan
 from profiles.errors import EstimateError
@@ -106,7 +107,7 @@ def _measure(
             replica.segments,
             terms,
             epsilon=plan.epsilon,
-            curvature=replica.curvature,
+            curvature=replica.curvature_for(plan),
         )
 
     def evaluate() -> float:
@@ -134,7 +135,8 @@ def _measure(
 
 def _private_rate(replica: Replica, plan: RoundPlan, scalars: NDArray[np.float32]) -> float:
     """Return the learning rate of a private move, normalised by what the replica has seen."""
-    if not replica.normalised(plan):
+    method = method_by_code(plan.method)
+    if not method.named(plan.constants)["smoothing"]:
         return plan.learning_rate
     if replica.normaliser.weight > 0:
         return replica.normaliser.divide(plan.learning_rate)
@@ -159,7 +161,7 @@ def _move(
         rate=rate,
         limit=RESERVE_STEPS // plan.steps,
         direction=direction,
-        curvature=replica.curvature,
+        curvature=replica.curvature_for(plan),
     )
 
 

@@ -51,7 +51,9 @@ class Forward:
 
     def __init__(self, bundle: Bundle, weights: NDArray[np.float32], *, threads: int = 1) -> None:
         if weights.shape != (bundle.size,) or weights.dtype != np.float32 or not weights.flags.c_contiguous:
-            raise ValueError(f"weights must be a contiguous float32 vector of {bundle.size}, got {weights.shape}")
+            raise ValueError(
+                f"weights must be a contiguous float32 vector of {bundle.size}, got {weights.shape}"
+            )
         self._weights = weights
         self._session = open_session(bundle.graph_path, threads=threads)
         names = {node.name for node in self._session.get_inputs()}

@@ -57,6 +57,10 @@ METHODS: Mapping[str, Method] = MappingProxyType(
     }
 )
 
+    def named(self, values: tuple[float, ...]) -> dict[str, float]:
+        """Return a record's constants by name."""
+        return dict(zip(self.constants, values, strict=True))
+
 
 def method_by_code(code: int) -> Method:
     """Return the method that a record means.

@@ -25,7 +25,7 @@ from edge_agent.grid import (
 )
 from edge_agent.noise import NOISE_VERSION, UNIT
 from edge_agent.optimizer import Normaliser, method_by_code
-from edge_agent.wire import RoundRecord
+from edge_agent.wire import RoundPlan, RoundRecord
 from profiles.errors import DigestError, LogError
 
 __all__ = ["Replica", "apply_record", "apply_records"]
@@ -57,6 +57,10 @@ class Replica:
         curvature = 0 if self.curvature is None else fold(self.curvature.view(np.uint32))
         scalars = of_floats(self.normaliser.mean_square, self.normaliser.weight)
         return join(fold(self.weights.view(np.uint32)), curvature, scalars)
+
+    def curvature_for(self, plan: RoundPlan) -> NDArray[np.uint16] | None:
+        """Return the curvature that the plan's method divides by; None stands for h = 1."""
+        return self.curvature if method_by_code(plan.method).curvature else None
 
     def prepare(self, method_code: int) -> None:
         """Lay out the curvature, all ones, if the method has it and the replica not yet."""
@@ -108,20 +112,18 @@ def apply_record(replica: Replica, record: RoundRecord, *, check: bool = True) -
 def _update(replica: Replica, record: RoundRecord) -> None:
     plan = record.plan
     method = method_by_code(plan.method)
-    constants = dict(zip(method.constants, plan.constants, strict=True))
+    constants = method.named(plan.constants)
     rate = plan.learning_rate
     if constants["smoothing"] > 0:
         replica.normaliser.observe([float(g) for g in record.scalars.reshape(-1)], constants["smoothing"])
         rate = replica.normaliser.divide(rate)
     amount = np.float32(rate * UNIT / plan.perturbations)
+    curvature = replica.curvature_for(plan)
     for start, stop, exponent in chunks(replica.segments):
         scale = step_scale(exponent)
         limit = np.float32(WEIGHT_STEPS) / scale
         weights = replica.weights[start:stop]
-        root = None
-        if method.curvature and replica.curvature is not None:
-            curvature = replica.curvature[start:stop]
-            root = inverse_root(curvature)
+        root = None if curvature is None else inverse_root(curvature[start:stop])
         for step in range(plan.steps):
             total, spare = weighted_noise(plan.keys(step), record.scalars[step], start, stop - start)
             steps = total * (amount * scale)
@@ -131,10 +133,12 @@ def _update(replica: Replica, record: RoundRecord) -> None:
             steps /= scale
             weights -= steps
             np.clip(weights, -limit, limit, out=weights)
-        if root is not None:
+        if curvature is not None and root is not None:
             total *= np.float32(UNIT / plan.perturbations)
             total *= root
-            curvature[...] = _learn(curvature, total, spare, constants["nu"], constants["floor"])
+            curvature[start:stop] = _learn(
+                curvature[start:stop], total, spare, constants["nu"], constants["floor"]
+            )
 
 
 def _learn(

@@ -377,7 +377,9 @@ def _read_record(reader: _Reader) -> RoundRecord:
     if flags not in (0, 1):
         raise WireError(f"record flags {flags} are unknown")
     shape = (plan.steps, plan.perturbations)
-    scalars = np.zeros(shape[0] * shape[1], np.float32) if flags else _read_scalars(reader, shape[0] * shape[1])
+    scalars = (
+        np.zeros(shape[0] * shape[1], np.float32) if flags else _read_scalars(reader, shape[0] * shape[1])
+    )
     return RoundRecord(plan, int(epoch), bool(flags), scalars.reshape(shape), int(digest))
 
 
