@@ -123,7 +123,11 @@ def write_bundle(
         graph: The ONNX file with weights as inputs.
         weights: Flat float32 vector laid out by :func:`flat_layout`, gaps zero.
         tensors: The layout.
-        model, classes, sample_shape, cost, pruning: As in :class:`Bundle`.
+        model: As in :class:`Bundle`, and so are the following.
+        classes: Number of classes.
+        sample_shape: Shape of one input.
+        cost: What one forward takes.
+        pruning: How the net was made smaller.
 
     Raises:
         BundleError: A weight is not finite.

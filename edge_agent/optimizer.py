@@ -34,6 +34,10 @@ class Method:
         """Return the constants in a record's order, the given ones over the defaults."""
         return tuple(float(given.get(name, default)) for name, default in self.constants.items())
 
+    def named(self, values: tuple[float, ...]) -> dict[str, float]:
+        """Return a record's constants by name."""
+        return dict(zip(self.constants, values, strict=True))
+
 
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
@@ -56,10 +60,6 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         )
     }
 )
-
-    def named(self, values: tuple[float, ...]) -> dict[str, float]:
-        """Return a record's constants by name."""
-        return dict(zip(self.constants, values, strict=True))
 
 
 def method_by_code(code: int) -> Method:

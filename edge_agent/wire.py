@@ -376,19 +376,15 @@ def _read_record(reader: _Reader) -> RoundRecord:
     epoch, flags, digest = reader.unpack(_RECORD)
     if flags not in (0, 1):
         raise WireError(f"record flags {flags} are unknown")
-    shape = (plan.steps, plan.perturbations)
-    scalars = (
-        np.zeros(shape[0] * shape[1], np.float32) if flags else _read_scalars(reader, shape[0] * shape[1])
-    )
-    return RoundRecord(plan, int(epoch), bool(flags), scalars.reshape(shape), int(digest))
+    count = plan.steps * plan.perturbations
+    scalars = np.zeros(count, np.float32) if flags else _read_scalars(reader, count)
+    shaped = scalars.reshape(plan.steps, plan.perturbations)
+    return RoundRecord(plan, int(epoch), bool(flags), shaped, int(digest))
 
 
-def _read_records(
-    reader: _Reader, count: int, last: int | None, first: int | None
-) -> tuple[RoundRecord, ...]:
+def _read_records(reader: _Reader, count: int, first: int) -> tuple[RoundRecord, ...]:
     records = tuple(_read_record(reader) for _ in range(count))
-    start = first if first is not None else (last or 0) - count
-    if [record.plan.round for record in records] != list(range(start, start + count)):
+    if [record.plan.round for record in records] != list(range(first, first + count)):
         raise WireError("the records of a message must be consecutive")
     return records
 
