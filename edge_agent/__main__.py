@@ -45,19 +45,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--broker", required=True, metavar="URL", help="mqtt://HOST:PORT of the broker")
     parser.add_argument("--namespace", default="scalarfed", help="first level of all topics (%(default)s)")
     parser.add_argument("--run", required=True, help="name of the run to take part in")
-    parser.add_argument(
-        "--name", default=platform.node(), help="this board's name in the fleet (%(default)s)"
-    )
+    parser.add_argument("--name", default=platform.node(), help="this board's name (%(default)s)")
     parser.add_argument("--bundle", required=True, type=Path, metavar="DIR", help="the bundle folder")
     parser.add_argument(
-        "--data", required=True, type=Path, metavar="NPZ", help="x_train and y_train of this board"
+        "--data", required=True, type=Path, metavar="NPZ", help="this board's x_train, y_train"
     )
     parser.add_argument("--state", type=Path, metavar="DIR", help="where the replica survives a restart")
     parser.add_argument("--profile", default="", help="name of this board's profile, for the status")
     parser.add_argument("--memory-mib", type=float, metavar="MIB", help="end rather than use more memory")
     parser.add_argument("--threads", type=int, default=1, help="threads of a forward pass (%(default)s)")
     parser.add_argument(
-        "--save-every-s", type=float, default=30.0, help="how often the replica is saved (%(default)s)"
+        "--save-every-s", type=float, default=30.0, help="seconds between saves (%(default)s)"
     )
     parser.add_argument("--with-parent", action="store_true", help="end when standard input is closed")
     parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])

@@ -77,13 +77,14 @@ class Agent:
         self._reply: Reply | None = None
         self._asked_at: float | None = None
         self._closed = False
+        self._followed_epoch = 0  # the epoch whose log took the replica to where it is
 
     @property
     def epoch(self) -> int:
         """The highest epoch heard of."""
         return self._epoch
 
-    def on_control(self, control: dict[str, Any]) -> list[Reply | SliceRequest | Report]:
+    def on_control(self, control: dict[str, Any], now: float) -> list[Reply | SliceRequest | Report]:
         """Take in the run's configuration: who is in the fleet, and with which bundle."""
         try:
             bundle, names, shards = control["bundle"], list(control["agents"]), int(control["shards"])
@@ -91,14 +92,12 @@ class Agent:
             self.dropped["malformed control"] += 1
             return []
         if bundle != self._bundle_identity:
-            return [
-                Report("refused", f"the run has bundle {bundle[:12]}, here lies {self._bundle_identity[:12]}")
-            ]
+            return [Report("refused", f"the run has bundle {bundle[:12]}, not {self._bundle_identity[:12]}")]
         if self.name not in names:
             return [Report("refused", f"{self.name} is not in the fleet of this run")]
         self.shards = max(1, shards)
         self._number = names.index(self.name)
-        return [Report("ready")]
+        return [Report("ready"), *self._advance(now)]
 
     def on_message(self, payload: bytes, now: float) -> list[Reply | SliceRequest | Report]:
         """Take in a round announcement or a slice of the log.
@@ -114,14 +113,19 @@ class Agent:
             message = decode(payload)
         except WireError as error:
             self.dropped["undecodable"] += 1
-            return (
-                [Report("ready", f"dropped a message: {error}")] if self.dropped["undecodable"] == 1 else []
-            )
+            return [Report("ready", f"dropped a message: {error}")]
         if isinstance(message, (Reply, SliceRequest)):
             self.dropped["unexpected kind"] += 1
             return []
         if message.epoch < self._epoch:
             self.dropped["older epoch"] += 1
+            return []
+        if (
+            isinstance(message, RoundOpen)
+            and message.epoch == self._followed_epoch
+            and message.plan.round < self.replica.round
+        ):
+            self.dropped["late"] += 1
             return []
         self._epoch = message.epoch
         if isinstance(message, Slice):
@@ -162,6 +166,7 @@ class Agent:
         if self.replica.round > target:
             return []
         self._asked_at = None
+        self._followed_epoch = opened.epoch
         if opened.closing:
             already, self._closed = self._closed, True
             return [] if already else [Report("closed")]
@@ -200,6 +205,7 @@ class Agent:
         if not following or following[0].plan.round != self.replica.round:
             return
         from_bundle = self.replica.round == 0
+        self._followed_epoch = self._epoch
         try:
             for record in following:
                 apply_record(self.replica, record, check=record is following[-1])

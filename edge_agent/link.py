@@ -130,6 +130,8 @@ class MqttLink:
         self._events: queue.SimpleQueue[Message | Connected | Disconnected] = queue.SimpleQueue()
         self._patterns: list[str] = []
         self._failures = 0
+        self._waiting: set[int] = set()
+        self._unacknowledged = threading.Condition()
         host, port = _address(url)
         self._client = mqtt.Client(
             CallbackAPIVersion.VERSION2, client_id=client_id, clean_session=True, protocol=mqtt.MQTTv311
@@ -142,6 +144,7 @@ class MqttLink:
         self._client.on_disconnect = self._on_disconnect
         self._client.on_connect_fail = self._on_connect_fail
         self._client.on_message = self._on_message
+        self._client.on_publish = self._on_publish
         self._client.on_socket_open = self._on_socket_open
         self._client.connect_async(host, port, keepalive=_KEEPALIVE_S)
         self._client.loop_start()
@@ -149,7 +152,8 @@ class MqttLink:
     def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
         """Send at least once if the link is up or comes up; never blocks."""
         self.traffic.sent(topic, payload, 1)
-        self._client.publish(topic, payload, qos=1, retain=retain)
+        with self._unacknowledged:
+            self._waiting.add(self._client.publish(topic, payload, qos=1, retain=retain).mid)
 
     def subscribe(self, pattern: str) -> None:
         """Receive what matches, now and after every reconnection."""
@@ -167,17 +171,8 @@ class MqttLink:
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until all that was published is acknowledged; return whether it was in time."""
-        done = threading.Event()
-
-        def acknowledged(*_: Any) -> None:
-            done.set()
-
-        self._client.on_publish = acknowledged
-        while self._client.is_connected() and len(self._client._out_messages) > 0:
-            if not done.wait(timeout_s):
-                return False
-            done.clear()
-        return self._client.is_connected()
+        with self._unacknowledged:
+            return self._unacknowledged.wait_for(lambda: not self._waiting, timeout_s)
 
     def close(self) -> None:
         """Say goodbye; the last will is not sent."""
@@ -217,9 +212,17 @@ class MqttLink:
         # Nagle's algorithm makes a round of ten agents 44 ms instead of 1.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
+    def _on_publish(
+        self, _client: mqtt.Client, _data: Any, message_id: int, _reason: Any, _properties: Any
+    ) -> None:
+        with self._unacknowledged:
+            self._waiting.discard(message_id)
+            self._unacknowledged.notify_all()
+
     def _on_message(self, _client: mqtt.Client, _data: Any, message: mqtt.MQTTMessage) -> None:
-        self.traffic.received(message.topic, message.payload, message.qos)
-        self._events.put(Message(message.topic, message.payload))
+        payload = bytes(message.payload)
+        self.traffic.received(message.topic, payload, message.qos)
+        self._events.put(Message(message.topic, payload))
 
 
 def _address(url: str) -> tuple[str, int]:

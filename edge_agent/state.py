@@ -48,9 +48,9 @@ def save_replica(path: Path, replica: Replica, *, bundle_identity: str, run: str
     try:
         with beside.open("wb") as file:
             file.write(head)
-            file.write(memoryview(replica.weights).cast("B"))
+            file.write(replica.weights.view(np.uint8).data)
             if replica.curvature is not None:
-                file.write(memoryview(replica.curvature).cast("B"))
+                file.write(replica.curvature.view(np.uint8).data)
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
@@ -91,10 +91,10 @@ def load_replica(path: Path, fresh: Replica, *, bundle_identity: str, run: str) 
             )
             if not belongs:
                 return None
-            file.readinto(memoryview(fresh.weights).cast("B"))
+            file.readinto(fresh.weights.view(np.uint8).data)
             if curved:
                 fresh.curvature = np.empty(fresh.weights.size, np.uint16)
-                file.readinto(memoryview(fresh.curvature).cast("B"))
+                file.readinto(fresh.curvature.view(np.uint8).data)
     except FileNotFoundError:
         return None
     except OSError as error:
