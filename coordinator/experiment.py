@@ -163,8 +163,8 @@ class BrokerChoice:
     url: Annotated[
         str,
         Text(
-            pattern=r"|mqtts?://[^\s/]+/?",
-            rule="must be empty or look like mqtt://HOST:PORT or mqtts://HOST:PORT",
+            pattern=r"|mqtt://[^\s/]+/?",
+            rule="must be empty or look like mqtt://HOST:PORT",
         ),
     ] = ""
     port: Annotated[int, Whole(0, 65535)] = 0
