@@ -75,9 +75,7 @@ class Pruning:
         schedule_steps: Steps in which the density falls.
     """
 
-    method: Annotated[
-        str, Choice(("ntk", "synflow", "snip", "grasp", "magnitude", "erk", "uniform", "random", "none"))
-    ] = "ntk"
+    method: Annotated[str, Choice(("ntk", "uniform", "none"))] = "ntk"
     density: Annotated[
         float,
         Number(
