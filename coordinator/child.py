@@ -96,9 +96,13 @@ class Child:
         self._process.kill()
         self._forget()
 
+    def ask_to_end(self) -> None:
+        """Ask the process to end and do not wait, so that several can be asked before one is waited for."""
+        self._process.terminate()
+
     def stop(self, *, grace_s: float = 5.0) -> None:
         """Ask the process to end, wait, and kill it after the grace; nothing if it has ended."""
-        self._process.terminate()
+        self.ask_to_end()
         if self.wait(grace_s) is None:
             self._process.kill()
         self._forget()
