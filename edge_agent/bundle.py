@@ -1,0 +1,210 @@
+"""The bundle: what is flashed. A graph, the weights, and a manifest that names and hashes them.
+
+Written on the coordinator, read on both sides; every file is checked by SHA-256 before it is used.
+This module knows the folder's layout, not how a graph came to be nor how it is run.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_agent.grid import Segment, plan_segments, snap
+from edge_agent.replay import Replica
+from profiles.errors import BundleError
+
+__all__ = ["FORMAT", "Bundle", "Tensor", "flat_layout", "read_bundle", "write_bundle"]
+
+FORMAT = 1
+_ALIGNMENT = 16
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A trainable tensor: where it lies in the flat vector.
+
+    Attributes:
+        name: Of the graph input.
+        shape: Its shape.
+        offset: Its first element; a multiple of 16, hence of 64 bytes.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle that was read and checked.
+
+    Attributes:
+        folder: Where it lies.
+        model: Name of the net.
+        classes: Number of classes C.
+        sample_shape: Shape of one input, (features,) or (channels, height, width).
+        tensors: All trainable tensors in the order of the flat vector.
+        segments: Grids of the flat vector.
+        size: Elements of the flat vector, gaps included.
+        cost: ``forward_flops``, ``activation_bytes_per_sample``, ``activation_bytes_fixed``,
+            ``weight_bytes`` and what else the exporter knew.
+        pruning: How the net was made smaller.
+        identity: SHA-256 of the manifest, hexadecimal: names the bundle.
+    """
+
+    folder: Path
+    model: str
+    classes: int
+    sample_shape: tuple[int, ...]
+    tensors: tuple[Tensor, ...]
+    segments: tuple[Segment, ...]
+    size: int
+    cost: Mapping[str, int]
+    pruning: Mapping[str, Any]
+    identity: str
+
+    @property
+    def params(self) -> int:
+        """Trainable parameters, gaps not counted."""
+        return sum(tensor.size for tensor in self.tensors)
+
+    @property
+    def graph_path(self) -> Path:
+        """The ONNX graph."""
+        return self.folder / "graph.onnx"
+
+    def replica(self) -> Replica:
+        """Return a fresh replica at round 0, with weights of its own."""
+        weights = _aligned(self.size)
+        weights[...] = np.fromfile(self.folder / "weights.f32", "<f4")
+        return Replica(weights, self.segments)
+
+
+def flat_layout(shapes: Sequence[tuple[str, tuple[int, ...]]]) -> tuple[list[Tensor], int]:
+    """Place tensors one after the other in a flat vector, each on a 64-byte boundary.
+
+    Returns:
+        The tensors with their offsets, and the size of the vector, a multiple of 16.
+    """
+    tensors, offset = [], 0
+    for name, shape in shapes:
+        tensors.append(Tensor(name, tuple(shape), offset))
+        offset += -(-tensors[-1].size // _ALIGNMENT) * _ALIGNMENT
+    return tensors, offset
+
+
+def write_bundle(
+    folder: Path,
+    *,
+    graph: bytes,
+    weights: NDArray[np.float32],
+    tensors: Sequence[Tensor],
+    model: str,
+    classes: int,
+    sample_shape: tuple[int, ...],
+    cost: Mapping[str, int],
+    pruning: Mapping[str, Any],
+) -> Bundle:
+    """Write a bundle folder; the weights are moved to the nearest points of their grids.
+
+    Args:
+        folder: Made if it is not there; files in it are replaced.
+        graph: The ONNX file with weights as inputs.
+        weights: Flat float32 vector laid out by :func:`flat_layout`, gaps zero.
+        tensors: The layout.
+        model: As in :class:`Bundle`, and so are the following.
+        classes: Number of classes.
+        sample_shape: Shape of one input.
+        cost: What one forward takes.
+        pruning: How the net was made smaller.
+
+    Raises:
+        BundleError: A weight is not finite.
+    """
+    flat = np.array(weights, np.float32)
+    if not np.isfinite(flat).all():
+        bad = [t.name for t in tensors if not np.isfinite(flat[t.offset : t.offset + t.size]).all()]
+        raise BundleError(f"weights are not finite in {', '.join(bad)}", hint="Start from finite weights.")
+    starts = [tensor.offset for tensor in tensors]
+    segments = plan_segments(flat, list(zip(starts, [*starts[1:], flat.size], strict=True)))
+    snap(flat, segments)
+    files = {"graph.onnx": graph, "weights.f32": flat.astype("<f4").tobytes()}
+    manifest = {
+        "format": FORMAT,
+        "model": model,
+        "classes": classes,
+        "sample_shape": list(sample_shape),
+        "tensors": [{"name": t.name, "shape": list(t.shape), "offset": t.offset} for t in tensors],
+        "segments": [list(segment) for segment in segments],
+        "size": flat.size,
+        "params": sum(tensor.size for tensor in tensors),
+        "cost": dict(cost),
+        "pruning": dict(pruning),
+        "files": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    (folder / "manifest.json").write_bytes(json.dumps(manifest, indent=1, sort_keys=True).encode() + b"\n")
+    return read_bundle(folder)
+
+
+def read_bundle(folder: Path) -> Bundle:
+    """Read a bundle folder and check every file of it.
+
+    Raises:
+        BundleError: A file is missing or altered, or the manifest is of another format.
+    """
+    try:
+        raw = (folder / "manifest.json").read_bytes()
+        manifest = json.loads(raw)
+        if manifest["format"] != FORMAT:
+            raise BundleError(f"{folder} has bundle format {manifest['format']}; this release reads {FORMAT}")
+        for name, expected in manifest["files"].items():
+            if (found := _sha256(folder / name)) != expected:
+                raise BundleError(
+                    f"{folder / name} has SHA-256 {found[:16]}..., the manifest says {expected[:16]}..."
+                )
+        bundle = Bundle(
+            folder=folder,
+            model=manifest["model"],
+            classes=manifest["classes"],
+            sample_shape=tuple(manifest["sample_shape"]),
+            tensors=tuple(Tensor(t["name"], tuple(t["shape"]), t["offset"]) for t in manifest["tensors"]),
+            segments=tuple(Segment(*segment) for segment in manifest["segments"]),
+            size=manifest["size"],
+            cost=manifest["cost"],
+            pruning=manifest["pruning"],
+            identity=hashlib.sha256(raw).hexdigest(),
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BundleError(f"{folder} is not a whole bundle: {error!r}") from None
+    if (folder / "weights.f32").stat().st_size != 4 * bundle.size:
+        raise BundleError(f"{folder / 'weights.f32'} does not hold the {bundle.size} weights of the manifest")
+    return bundle
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _aligned(size: int) -> NDArray[np.float32]:
+    """Return an uninitialised float32 vector that begins on a 64-byte boundary."""
+    raw = np.empty(size + _ALIGNMENT, np.float32)
+    skip = -raw.ctypes.data // 4 % _ALIGNMENT
+    return raw[skip : skip + size]

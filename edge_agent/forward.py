@@ -1,0 +1,86 @@
+"""The loss of a batch by ONNX Runtime, with the weights as graph inputs.
+
+The session reads the replica's own memory: every tensor is bound once by pointer into the flat
+vector, so that a perturbation needs no copy. Weights never become initializers, which ONNX Runtime
+would reorder, fuse and bake in.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from edge_agent.bundle import Bundle
+from profiles.errors import BundleError
+
+__all__ = ["Forward", "open_session"]
+
+
+def open_session(graph: Path | bytes, *, threads: int = 1) -> ort.InferenceSession:
+    """Open a session as a board runs it: arena on, no memory pattern, ``threads`` threads.
+
+    Raises:
+        BundleError: ONNX Runtime refuses the graph.
+    """
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.enable_mem_pattern = False
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    source = graph if isinstance(graph, bytes) else str(graph)
+    try:
+        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise BundleError(f"ONNX Runtime {ort.__version__} refuses the graph: {error}") from None
+
+
+class Forward:
+    """Runs batches through a bundle's graph with the weights of one flat vector.
+
+    Args:
+        bundle: Whose graph it is.
+        weights: Flat float32 vector; read at every call, never written and never copied.
+        threads: Threads of ONNX Runtime.
+
+    Raises:
+        BundleError: The graph's inputs are not the manifest's tensors.
+        ValueError: The vector has another size or is not contiguous.
+    """
+
+    def __init__(self, bundle: Bundle, weights: NDArray[np.float32], *, threads: int = 1) -> None:
+        if weights.shape != (bundle.size,) or weights.dtype != np.float32 or not weights.flags.c_contiguous:
+            raise ValueError(
+                f"weights must be a contiguous float32 vector of {bundle.size}, got {weights.shape}"
+            )
+        self._weights = weights
+        self._session = open_session(bundle.graph_path, threads=threads)
+        names = {node.name for node in self._session.get_inputs()}
+        expected = {"x", "y", *(tensor.name for tensor in bundle.tensors)}
+        if names != expected:
+            raise BundleError(
+                f"the graph and the manifest differ in {', '.join(sorted(names ^ expected))}: "
+                "every trainable tensor is a graph input"
+            )
+        self._binding = self._session.io_binding()
+        for tensor in bundle.tensors:
+            pointer = weights.ctypes.data + 4 * tensor.offset
+            self._binding.bind_input(tensor.name, "cpu", 0, np.float32, tensor.shape, pointer)
+        for name in ("loss", "correct", "logits"):
+            self._binding.bind_output(name, "cpu")
+
+    def loss(self, x: NDArray[np.float32], y: NDArray[np.int64]) -> float:
+        """Return the mean loss of a batch: x of shape (n, *sample_shape), y of shape (n,)."""
+        return float(self._run(x, y)[0].numpy())
+
+    def evaluate(self, x: NDArray[np.float32], y: NDArray[np.int64]) -> tuple[float, int]:
+        """Return the mean loss of a batch and how many of it are classified correctly."""
+        loss, correct, _ = self._run(x, y)
+        return float(loss.numpy()), int(correct.numpy())
+
+    def _run(self, x: NDArray[np.float32], y: NDArray[np.int64]) -> list[ort.OrtValue]:
+        self._binding.bind_input("x", "cpu", 0, np.float32, x.shape, x.ctypes.data)
+        self._binding.bind_input("y", "cpu", 0, np.int64, y.shape, y.ctypes.data)
+        self._session.run_with_iobinding(self._binding)
+        return self._binding.get_outputs()
