@@ -1,0 +1,286 @@
+"""The agent process: options, the link, the samples, and the loop that feeds the state machine."""
+
+import argparse
+import json
+import logging
+import os
+import platform
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from profiles.limit import Enforcement, enforce
+from profiles.memory import current_rss_mib, peak_rss_mib
+
+from edge_agent.agent import Agent, Report
+from edge_agent.bundle import Bundle, read_bundle
+from edge_agent.data import Samples, batch_indices, load_samples, to_inputs
+from edge_agent.estimator import Estimate, estimate
+from edge_agent.forward import Forward
+from edge_agent.link import Connected, Disconnected, Link, Message, MqttLink
+from edge_agent.replay import Replica
+from edge_agent.state import load_replica, save_replica
+from edge_agent.topics import Topics, is_name, shard_of
+from edge_agent.wire import Reply, RoundOpen, SliceRequest, encode
+from profiles.errors import ConfigError, ScalarfedError, StateError
+
+__all__ = ["main"]
+
+_LOG = logging.getLogger("scalarfed-agent")
+_STATUS_EVERY_S = 10.0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="scalarfed-agent",
+        description="Train on this board's own samples with forward passes only; send scalars, nothing else.",
+        epilog="example: scalarfed-agent --broker mqtt://laptop.local:1883 --run digits --name pi-1 "
+        "--bundle ./bundle --data ./samples.npz --state ./state --memory-mib 128",
+    )
+    parser.add_argument("--broker", required=True, metavar="URL", help="mqtt://HOST:PORT of the broker")
+    parser.add_argument("--namespace", default="scalarfed", help="first level of all topics (%(default)s)")
+    parser.add_argument("--run", required=True, help="name of the run to take part in")
+    parser.add_argument("--name", default=platform.node(), help="this board's name (%(default)s)")
+    parser.add_argument("--bundle", required=True, type=Path, metavar="DIR", help="the bundle folder")
+    parser.add_argument(
+        "--data", required=True, type=Path, metavar="NPZ", help="this board's x_train, y_train"
+    )
+    parser.add_argument("--state", type=Path, metavar="DIR", help="where the replica survives a restart")
+    parser.add_argument("--profile", default="", help="name of this board's profile, for the status")
+    parser.add_argument("--memory-mib", type=float, metavar="MIB", help="end rather than use more memory")
+    parser.add_argument("--threads", type=int, default=1, help="threads of a forward pass (%(default)s)")
+    parser.add_argument(
+        "--save-every-s", type=float, default=30.0, help="seconds between saves (%(default)s)"
+    )
+    parser.add_argument("--with-parent", action="store_true", help="end when standard input is closed")
+    parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
+    parser.add_argument("--version", action="version", version=_version())
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the agent until it is told to stop; return the exit code."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(
+        level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stdout
+    )
+    try:
+        return _Process(options).run()
+    except ScalarfedError as error:
+        _LOG.error("%s", error)
+        _LOG.error("hint: %s", error.hint)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+class _Process:
+    """Everything around the state machine that touches the machine: memory, files, clock, network."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        for what in ("run", "name", "namespace"):
+            if not is_name(getattr(options, what)):
+                raise ConfigError(
+                    f"--{what} {getattr(options, what)!r} must be 1 to 63 letters, digits, - or _",
+                    hint=f"Choose another --{what}.",
+                )
+        self.options = options
+        self.stopping = threading.Event()
+        self.topics = Topics(options.namespace, options.run)
+        self.bundle: Bundle = read_bundle(options.bundle)
+        self.samples: Samples = load_samples(options.data, "train", classes=self.bundle.classes)
+        shape = to_inputs(self.samples.x[:1]).shape[1:]
+        if shape != self.bundle.sample_shape:
+            raise ConfigError(
+                f"{options.data} has samples of shape {shape}; the bundle takes {self.bundle.sample_shape}",
+                hint="Use the data that the bundle was made for, or make a bundle for this data.",
+            )
+        self.enforcement: Enforcement | None = None
+        if options.memory_mib is not None:
+            self.enforcement = enforce(options.memory_mib)
+        self.state_path: Path | None = None
+        if options.state is not None:
+            options.state.mkdir(parents=True, exist_ok=True)
+            self.state_path = options.state / "replica.state"
+        self.agent = Agent(
+            name=options.name,
+            bundle_identity=self.bundle.identity,
+            replica=self._first_replica(),
+            fresh_replica=self.bundle.replica,
+            estimate=self._estimate,
+            peak_kib=lambda: int(peak_rss_mib() * 1024),
+        )
+        self.forward: Forward | None = None
+        self.forward_of: Replica | None = None
+        self.saved_round = self.agent.replica.round
+        self.saved_at = time.monotonic()
+        self.status_at = 0.0
+        self.state = "starting"
+
+    def run(self) -> int:
+        """Serve until SIGTERM, SIGINT or, with --with-parent, the end of standard input."""
+        for name in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(name, lambda *_: self.stopping.set())
+        if self.options.with_parent:
+            threading.Thread(target=self._follow_parent, daemon=True).start()
+        _LOG.info(
+            "%s: %s, %d parameters, %d samples, %s",
+            self.options.name,
+            self.bundle.model,
+            self.bundle.params,
+            len(self.samples),
+            self.enforcement or "no memory limit",
+        )
+        will = json.dumps({"name": self.options.name, "state": "offline"}).encode()
+        link = MqttLink(
+            self.options.broker,
+            client_id=f"{self.options.run}-{self.options.name}",
+            will=(self.topics.status(self.options.name), will),
+        )
+        link.subscribe(self.topics.control)
+        link.subscribe(self.topics.answer(self.options.name))
+        try:
+            while not self.stopping.is_set():
+                self._handle(link, link.receive(0.5))
+        finally:
+            self._save(force=True)
+            self.state = "offline"
+            self._publish_status(link)
+            link.flush(2.0)
+            link.close()
+        return 0
+
+    def _handle(self, link: Link, event: Message | Connected | Disconnected | None) -> None:
+        now = time.monotonic()
+        if isinstance(event, Connected):
+            _LOG.info("connected to %s", self.options.broker)
+            outgoing = self.agent.on_connected(now)
+            self.status_at = 0.0
+        elif isinstance(event, Disconnected):
+            _LOG.warning("disconnected: %s", event.reason)
+            outgoing = []
+        elif event is None:
+            outgoing = self.agent.on_tick(now)
+        elif event.topic == self.topics.control:
+            outgoing = self._on_control(link, event.payload, now)
+        else:
+            outgoing = self.agent.on_message(event.payload, now)
+        for message in outgoing:
+            self._send(link, message)
+        self._save(force=False)
+        if time.monotonic() - self.status_at >= _STATUS_EVERY_S:
+            self._publish_status(link)
+
+    def _on_control(self, link: Link, payload: bytes, now: float) -> list[Reply | SliceRequest | Report]:
+        try:
+            control: dict[str, Any] = json.loads(payload)
+        except ValueError:
+            control = {}
+        outgoing = self.agent.on_control(control, now)
+        if self.agent.shards:
+            link.subscribe(self.topics.round(shard_of(self.options.name, self.agent.shards)))
+        return outgoing
+
+    def _send(self, link: Link, message: Reply | SliceRequest | Report) -> None:
+        name = self.options.name
+        if isinstance(message, Reply):
+            link.publish(self.topics.reply(shard_of(name, self.agent.shards), name), encode(message))
+        elif isinstance(message, SliceRequest):
+            _LOG.info("asking for the log from round %d", message.first)
+            link.publish(self.topics.request(name), encode(message))
+        else:
+            if message.text:
+                _LOG.warning("%s: %s", message.state, message.text)
+            self.state = message.state
+            self._publish_status(link)
+
+    def _estimate(self, replica: Replica, opened: RoundOpen, number: int) -> Estimate:
+        if self.forward is None or self.forward_of is not replica:
+            self.forward = Forward(self.bundle, replica.weights, threads=self.options.threads)
+            self.forward_of = replica
+        forward, plan = self.forward, opened.plan
+
+        def loss_of_step(step: int) -> Callable[[], float]:
+            count = plan.round * plan.steps + step
+            indices = batch_indices(plan.seed, number, count, opened.batch_size, len(self.samples))
+            batch = self.samples.pick(indices)
+            x = to_inputs(batch.x)
+            return lambda: forward.loss(x, batch.y)
+
+        return estimate(replica, plan, loss_of_step, central=opened.central)
+
+    def _first_replica(self) -> Replica:
+        if self.state_path is not None:
+            try:
+                saved = load_replica(
+                    self.state_path,
+                    self.bundle.replica(),
+                    bundle_identity=self.bundle.identity,
+                    run=self.options.run,
+                )
+                if saved is not None:
+                    _LOG.info("going on from the saved replica of round %d", saved.round)
+                    return saved
+            except StateError as error:
+                _LOG.warning("%s; starting from the bundle", error)
+        return self.bundle.replica()
+
+    def _save(self, *, force: bool) -> None:
+        due = force or time.monotonic() - self.saved_at >= self.options.save_every_s
+        if self.state_path is None or not due or self.agent.replica.round == self.saved_round:
+            return
+        try:
+            save_replica(
+                self.state_path,
+                self.agent.replica,
+                bundle_identity=self.bundle.identity,
+                run=self.options.run,
+            )
+        except StateError as error:
+            _LOG.warning("%s; going on without", error)
+        self.saved_round, self.saved_at = self.agent.replica.round, time.monotonic()
+
+    def _publish_status(self, link: Link) -> None:
+        self.status_at = time.monotonic()
+        traffic = link.traffic
+        status = {
+            "name": self.options.name,
+            "state": self.state,
+            "version": _version(),
+            "profile": self.options.profile,
+            "pid": os.getpid(),
+            "epoch": self.agent.epoch,
+            "round": self.agent.replica.round,
+            "digest": f"{self.agent.replica.digest():016x}",
+            "rss_mib": round(current_rss_mib(), 2),
+            "peak_rss_mib": round(peak_rss_mib(), 2),
+            "budget_mib": self.options.memory_mib,
+            "enforcement": str(self.enforcement) if self.enforcement else "none",
+            "samples": len(self.samples),
+            "estimates": self.agent.estimates,
+            "forwards": self.agent.forwards,
+            "dropped": dict(self.agent.dropped),
+            "traffic": vars(traffic).copy(),
+        }
+        link.publish(self.topics.status(self.options.name), json.dumps(status).encode(), retain=True)
+
+    def _follow_parent(self) -> None:
+        while os.read(0, 4096):
+            pass
+        self.stopping.set()
+
+
+def _version() -> str:
+    try:
+        return version("scalarfed")
+    except PackageNotFoundError:
+        return "unpacked"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,218 @@
+"""The agent as a state machine: a message or a tick in, messages out.
+
+It does no input or output and looks at no clock: the time is passed in, and what needs a graph or
+samples comes as a function. Right with a transport that loses, repeats and delays: a duplicate
+announcement is answered from memory, a gap is filled from the coordinator's log, and whatever a
+message says, weights change only by a record that leads to the digest it names.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from edge_agent.estimator import Estimate
+from edge_agent.replay import Replica, apply_record
+from edge_agent.wire import Reply, RoundOpen, RoundRecord, Slice, SliceRequest, decode
+from profiles.errors import BundleError, DigestError, EstimateError, LogError, WireError
+
+__all__ = ["Agent", "Report"]
+
+_ASK_AGAIN_S = 2.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """The agent wants its status published.
+
+    Attributes:
+        state: "ready", "closed" (the run is over and the replica is at its last round) or "refused".
+        text: What happened, for people.
+    """
+
+    state: str
+    text: str = ""
+
+
+class Agent:
+    """One board's part in a run.
+
+    Args:
+        name: The agent's name in the fleet.
+        bundle_identity: Of the bundle at hand; a run with another is refused.
+        replica: Where to start: fresh from the bundle, or what a power cut left.
+        fresh_replica: Makes the replica of round 0.
+        estimate: Measures what a round asks with the agent's samples, given its number in the fleet.
+        peak_kib: Largest resident size of the process so far.
+
+    Attributes:
+        dropped: Count of messages that changed nothing, by reason.
+        replica: The agent's replica.
+        shards: Shards of the run, once the control message told; 0 before.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        bundle_identity: str,
+        replica: Replica,
+        fresh_replica: Callable[[], Replica],
+        estimate: Callable[[Replica, RoundOpen, int], Estimate],
+        peak_kib: Callable[[], int],
+    ) -> None:
+        self.name = name
+        self.replica = replica
+        self.shards = 0
+        self.dropped: Counter[str] = Counter()
+        self.estimates = 0
+        self.forwards = 0
+        self._bundle_identity = bundle_identity
+        self._fresh_replica = fresh_replica
+        self._estimate = estimate
+        self._peak_kib = peak_kib
+        self._number: int | None = None
+        self._epoch = 0
+        self._open: RoundOpen | None = None
+        self._reply: Reply | None = None
+        self._asked_at: float | None = None
+        self._closed = False
+        self._followed_epoch = 0  # the epoch whose log took the replica to where it is
+
+    @property
+    def epoch(self) -> int:
+        """The highest epoch heard of."""
+        return self._epoch
+
+    def on_control(self, control: dict[str, Any], now: float) -> list[Reply | SliceRequest | Report]:
+        """Take in the run's configuration: who is in the fleet, and with which bundle."""
+        try:
+            bundle, names, shards = control["bundle"], list(control["agents"]), int(control["shards"])
+        except (KeyError, TypeError, ValueError):
+            self.dropped["malformed control"] += 1
+            return []
+        if bundle != self._bundle_identity:
+            return [Report("refused", f"the run has bundle {bundle[:12]}, not {self._bundle_identity[:12]}")]
+        if self.name not in names:
+            return [Report("refused", f"{self.name} is not in the fleet of this run")]
+        self.shards = max(1, shards)
+        self._number = names.index(self.name)
+        return [Report("ready"), *self._advance(now)]
+
+    def on_message(self, payload: bytes, now: float) -> list[Reply | SliceRequest | Report]:
+        """Take in a round announcement or a slice of the log.
+
+        Args:
+            payload: As it came; anything that does not decode is counted and dropped.
+            now: Seconds on a monotonic clock.
+
+        Raises:
+            BundleError: The log cannot be replayed from this bundle: nothing the agent does can help.
+        """
+        try:
+            message = decode(payload)
+        except WireError as error:
+            self.dropped["undecodable"] += 1
+            return [Report("ready", f"dropped a message: {error}")]
+        if isinstance(message, (Reply, SliceRequest)):
+            self.dropped["unexpected kind"] += 1
+            return []
+        if message.epoch < self._epoch:
+            self.dropped["older epoch"] += 1
+            return []
+        if (
+            isinstance(message, RoundOpen)
+            and message.epoch == self._followed_epoch
+            and message.plan.round < self.replica.round
+        ):
+            self.dropped["late"] += 1
+            return []
+        self._epoch = message.epoch
+        if isinstance(message, Slice):
+            self._asked_at = None
+            self._apply(message.records)
+        else:
+            self._open = message
+        return self._advance(now)
+
+    def on_tick(self, now: float) -> list[Reply | SliceRequest | Report]:
+        """Ask again for records that did not come."""
+        if self._asked_at is not None and now - self._asked_at >= _ASK_AGAIN_S:
+            self._asked_at = None
+            return self._advance(now)
+        return []
+
+    def on_connected(self, now: float) -> list[Reply | SliceRequest | Report]:
+        """Say what may have been lost with the connection: a request for records is made again."""
+        self._asked_at = None
+        return self._advance(now)
+
+    def _advance(self, now: float) -> list[Reply | SliceRequest | Report]:
+        """Do what the open round asks, or ask for what stands between it and the replica."""
+        opened = self._open
+        if opened is None or self._number is None:
+            return []
+        target = opened.plan.round
+        if self.replica.round > target:
+            # The log ends before our round: what we hold was never committed. Start again.
+            self.dropped["ahead of the log"] += 1
+            self.replica = self._fresh_replica()
+        self._apply(opened.records)
+        if self.replica.round < target:
+            if self._asked_at is not None:
+                return []
+            self._asked_at = now
+            return [SliceRequest(self._epoch, self.replica.round)]
+        if self.replica.round > target:
+            return []
+        self._asked_at = None
+        self._followed_epoch = opened.epoch
+        if opened.closing:
+            already, self._closed = self._closed, True
+            return [] if already else [Report("closed")]
+        if self._number not in opened.cohort:
+            return []
+        return [self._answer(opened, self._number)]
+
+    def _answer(self, opened: RoundOpen, number: int) -> Reply:
+        """Return the reply to a round, from memory if it was measured before."""
+        if self._reply is None or self._reply.round != opened.plan.round:
+            self._reply = self._measured(opened, number)
+        return replace(self._reply, epoch=opened.epoch, attempt=opened.attempt)
+
+    def _measured(self, opened: RoundOpen, number: int) -> Reply:
+        reply = Reply(
+            epoch=opened.epoch,
+            round=opened.plan.round,
+            attempt=opened.attempt,
+            samples=opened.batch_size,
+            loss=float("nan"),
+            peak_kib=self._peak_kib(),
+            digest=self.replica.digest(),
+        )
+        try:
+            made = self._estimate(self.replica, opened, number)
+        except (EstimateError, MemoryError) as error:
+            self.dropped[f"estimate failed: {type(error).__name__}"] += 1
+            return reply
+        self.estimates += 1
+        self.forwards += made.forwards
+        return replace(reply, loss=made.loss, scalars=made.scalars.reshape(-1), peak_kib=self._peak_kib())
+
+    def _apply(self, records: tuple[RoundRecord, ...]) -> None:
+        """Apply those of the consecutive records that come next; only the last one's digest is checked."""
+        following = [record for record in records if record.plan.round >= self.replica.round]
+        if not following or following[0].plan.round != self.replica.round:
+            return
+        from_bundle = self.replica.round == 0
+        self._followed_epoch = self._epoch
+        try:
+            for record in following:
+                apply_record(self.replica, record, check=record is following[-1])
+        except DigestError as error:
+            self.replica = self._fresh_replica()
+            self.dropped["digest disagreed"] += 1
+            if from_bundle and self.dropped["digest disagreed"] > 3:
+                raise BundleError(f"the log does not follow from this bundle: {error}") from error
+        except LogError as error:
+            self.dropped[f"record refused: {error}"] += 1

@@ -1,0 +1,106 @@
+"""What survives a power cut: the replica, in one file that is either whole or the one before.
+
+Written beside, flushed to the disk, then renamed. What is read back must have the digest that was
+written with it, and belong to the same bundle and run; else the agent starts from the bundle and
+asks for the log.
+"""
+
+import contextlib
+import os
+import struct
+from pathlib import Path
+
+import numpy as np
+
+from edge_agent.optimizer import Normaliser
+from edge_agent.replay import Replica
+from profiles.errors import StateError
+
+__all__ = ["load_replica", "save_replica"]
+
+_HEAD = struct.Struct("<8s64s32sIBddQ")
+_MAGIC = b"SFSTATE1"
+
+
+def save_replica(path: Path, replica: Replica, *, bundle_identity: str, run: str) -> None:
+    """Write a replica so that a crash at any moment leaves the old file or the new one.
+
+    Args:
+        path: The file; its folder exists.
+        replica: What to save.
+        bundle_identity: SHA-256 of the bundle's manifest, hexadecimal.
+        run: Name of the run.
+
+    Raises:
+        StateError: The file cannot be written; the old one is as it was.
+    """
+    head = _HEAD.pack(
+        _MAGIC,
+        bundle_identity.encode(),
+        run.encode()[:32],
+        replica.round,
+        replica.curvature is not None,
+        replica.normaliser.mean_square,
+        replica.normaliser.weight,
+        replica.digest(),
+    )
+    beside = path.with_suffix(".new")
+    try:
+        with beside.open("wb") as file:
+            file.write(head)
+            file.write(replica.weights.view(np.uint8).data)
+            if replica.curvature is not None:
+                file.write(replica.curvature.view(np.uint8).data)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+        with contextlib.suppress(OSError):  # a folder cannot be opened on every system
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        raise StateError(f"{path} cannot be written: {error}") from None
+
+
+def load_replica(path: Path, fresh: Replica, *, bundle_identity: str, run: str) -> Replica | None:
+    """Return the saved replica, or None if there is none for this bundle and run.
+
+    Args:
+        path: The file.
+        fresh: A replica of round 0, whose memory is overwritten and returned.
+        bundle_identity: As for :func:`save_replica`.
+        run: As for :func:`save_replica`.
+
+    Raises:
+        StateError: The file is damaged; ``fresh`` can no longer be used.
+    """
+    try:
+        with path.open("rb") as file:
+            raw = file.read(_HEAD.size)
+            if len(raw) < _HEAD.size:
+                raise StateError(f"{path} is cut short at {len(raw)} bytes")
+            magic, identity, saved_run, round_, curved, mean_square, weight, digest = _HEAD.unpack(raw)
+            belongs = (magic, identity, saved_run.rstrip(b"\0")) == (
+                _MAGIC,
+                bundle_identity.encode(),
+                run.encode()[:32],
+            )
+            if not belongs:
+                return None
+            file.readinto(fresh.weights.view(np.uint8).data)
+            if curved:
+                fresh.curvature = np.empty(fresh.weights.size, np.uint16)
+                file.readinto(fresh.curvature.view(np.uint8).data)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise StateError(f"{path} cannot be read: {error}") from None
+    fresh.round = round_
+    fresh.normaliser = Normaliser(mean_square, weight)
+    if fresh.digest() != digest:
+        raise StateError(f"{path} does not have the digest {digest:016x} that it was saved with")
+    return fresh
