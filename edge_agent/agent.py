@@ -155,8 +155,7 @@ class Agent:
         target = opened.plan.round
         if self.replica.round > target:
             # The log ends before our round: what we hold was never committed. Start again.
-            self.dropped["ahead of the log"] += 1
-            self.replica = self._fresh_replica()
+            self._start_again("ahead of the log")
         self._apply(opened.records)
         if self.replica.round < target:
             if self._asked_at is not None:
@@ -172,7 +171,15 @@ class Agent:
             return [] if already else [Report("closed")]
         if self._number not in opened.cohort:
             return []
+        if opened.records and self.replica.digest() != opened.records[-1].digest:
+            self._start_again("digest disagreed")
+            return self._advance(now)
         return [self._answer(opened, self._number)]
+
+    def _start_again(self, reason: str) -> None:
+        self.dropped[reason] += 1
+        self.replica = self._fresh_replica()
+        self._reply = None
 
     def _answer(self, opened: RoundOpen, number: int) -> Reply:
         """Return the reply to a round, from memory if it was measured before."""
@@ -210,8 +217,7 @@ class Agent:
             for record in following:
                 apply_record(self.replica, record, check=record is following[-1])
         except DigestError as error:
-            self.replica = self._fresh_replica()
-            self.dropped["digest disagreed"] += 1
+            self._start_again("digest disagreed")
             if from_bundle and self.dropped["digest disagreed"] > 3:
                 raise BundleError(f"the log does not follow from this bundle: {error}") from error
         except LogError as error:

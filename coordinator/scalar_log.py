@@ -1,0 +1,269 @@
+"""The scalar log: every record in order, and what people want to know about how it came to be.
+
+One SQLite file. ``records`` is the truth; its rows are chained by a hash, so that a row that was
+altered, removed or put elsewhere is found. The other tables are for reports and change nothing.
+A record is committed to the disk before anybody hears of it.
+"""
+
+import hashlib
+import sqlite3
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from edge_agent.wire import Reply, RoundRecord, decode_record, encode_record
+from profiles.errors import DigestError, LogError, WireError
+
+__all__ = ["SCHEMA_VERSION", "ScalarLog"]
+
+SCHEMA_VERSION = 1
+
+_SCHEMA = """
+CREATE TABLE meta(key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE records(round INTEGER PRIMARY KEY, record BLOB NOT NULL, chain BLOB NOT NULL,
+    opened_at REAL NOT NULL, closed_at REAL NOT NULL, loss REAL, kind TEXT NOT NULL);
+CREATE TABLE replies(round INTEGER NOT NULL, agent TEXT NOT NULL, attempt INTEGER NOT NULL,
+    samples INTEGER NOT NULL, loss REAL, peak_kib INTEGER NOT NULL, digest TEXT NOT NULL,
+    scalars BLOB NOT NULL, counted INTEGER NOT NULL, received_at REAL NOT NULL);
+CREATE INDEX replies_by_round ON replies(round);
+CREATE TABLE evaluations(round INTEGER PRIMARY KEY, loss REAL NOT NULL, accuracy REAL NOT NULL);
+CREATE TABLE events(at REAL NOT NULL, kind TEXT NOT NULL, agent TEXT NOT NULL, text TEXT NOT NULL);
+CREATE TABLE agents(id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, profile TEXT NOT NULL,
+    budget_mib REAL, predicted_mib REAL);
+"""
+
+
+class ScalarLog:
+    """An open log; use :meth:`create` or :meth:`open`.
+
+    Attributes:
+        path: The file.
+    """
+
+    def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
+        self.path = path
+        self._db = connection
+
+    @classmethod
+    def create(cls, path: Path, meta: Mapping[str, str]) -> "ScalarLog":
+        """Make an empty log.
+
+        Args:
+            path: Must not exist yet.
+            meta: At least ``bundle``, the bundle's identity, with which the chain begins.
+
+        Raises:
+            LogError: The file exists or cannot be made.
+        """
+        if path.exists():
+            raise LogError(f"{path} exists already", hint="Go on with --resume, or choose another --out.")
+        log = cls(path, cls._connect(path))
+        rows = [*meta.items(), ("schema", str(SCHEMA_VERSION))]
+        with log._db:
+            log._db.executescript(_SCHEMA)
+            log._db.executemany("INSERT INTO meta VALUES (?, ?)", rows)
+        return log
+
+    @classmethod
+    def open(cls, path: Path) -> "ScalarLog":
+        """Open an existing log.
+
+        Raises:
+            LogError: There is none, it is no log, or of another schema version.
+        """
+        if not path.is_file():
+            raise LogError(f"there is no scalar log {path}", hint="Name the folder of a run.")
+        log = cls(path, cls._connect(path))
+        try:
+            version = log.meta().get("schema")
+        except sqlite3.DatabaseError as error:
+            log.close()
+            raise LogError(f"{path} is not a scalar log: {error}") from None
+        if version != str(SCHEMA_VERSION):
+            log.close()
+            raise LogError(
+                f"{path} has schema version {version}; this release reads {SCHEMA_VERSION}",
+                hint="Install the release of scalarfed that wrote the log.",
+            )
+        return log
+
+    @staticmethod
+    def _connect(path: Path) -> sqlite3.Connection:
+        try:
+            db = sqlite3.connect(path, isolation_level="DEFERRED")
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA synchronous = FULL")
+        except sqlite3.Error as error:
+            raise LogError(f"{path} cannot be opened: {error}") from None
+        return db
+
+    def close(self) -> None:
+        """Close the file."""
+        self._db.close()
+
+    def __enter__(self) -> "ScalarLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        """Number of records, which is the round that comes next."""
+        return int(self._db.execute("SELECT COUNT(*) FROM records").fetchone()[0])
+
+    def meta(self) -> dict[str, str]:
+        """Return all that was noted about the run."""
+        return dict(self._db.execute("SELECT key, value FROM meta"))
+
+    def set_meta(self, key: str, value: str) -> None:
+        """Note something about the run, committed."""
+        with self._db:
+            self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+
+    def next_epoch(self) -> int:
+        """Count a new incarnation of the coordinator and return its number, from 1."""
+        epoch = int(self.meta().get("epoch", "0")) + 1
+        self.set_meta("epoch", str(epoch))
+        return epoch
+
+    def append(
+        self,
+        record: RoundRecord,
+        *,
+        loss: float | None,
+        opened_at: float,
+        closed_at: float,
+        replies: Mapping[str, tuple[Reply, bool, float]],
+    ) -> None:
+        """Commit a record and the replies behind it; when this returns, they are on the disk.
+
+        Args:
+            record: The next one.
+            loss: Mean loss of the round, None when skipped.
+            opened_at: Unix time of the first announcement.
+            closed_at: Unix time.
+            replies: By agent name: the reply, whether it was counted, and when it came.
+
+        Raises:
+            LogError: The record is not the next one, or the disk does not take it.
+        """
+        expected = len(self)
+        if record.plan.round != expected:
+            raise LogError(f"record {record.plan.round} cannot follow {expected - 1}")
+        data = encode_record(record)
+        row = (
+            record.plan.round,
+            data,
+            _link(self._chain_before(expected), data),
+            opened_at,
+            closed_at,
+            loss,
+            "skipped" if record.skipped else "applied",
+        )
+        try:
+            with self._db:
+                self._db.execute("INSERT INTO records VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+                for agent, (reply, counted, at) in replies.items():
+                    self._insert_reply(agent, reply, counted=counted, at=at)
+        except sqlite3.Error as error:
+            raise LogError(
+                f"round {record.plan.round} could not be written to {self.path}: {error}",
+                hint="Free some disk space, then go on with --resume: nothing is lost.",
+            ) from None
+
+    def add_late_reply(self, agent: str, reply: Reply, at: float) -> None:
+        """Note a reply that came after its round was closed; it changes nothing."""
+        with self._db:
+            self._insert_reply(agent, reply, counted=False, at=at)
+
+    def _insert_reply(self, agent: str, reply: Reply, *, counted: bool, at: float) -> None:
+        self._db.execute(
+            "INSERT INTO replies VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                reply.round,
+                agent,
+                reply.attempt,
+                reply.samples,
+                reply.loss,
+                reply.peak_kib,
+                f"{reply.digest:016x}",
+                reply.scalars.astype("<f4").tobytes(),
+                int(counted),
+                at,
+            ),
+        )
+
+    def add_evaluation(self, round_: int, loss: float, accuracy: float) -> None:
+        """Note how the replica of a round does on the test part."""
+        with self._db:
+            self._db.execute("INSERT OR REPLACE INTO evaluations VALUES (?, ?, ?)", (round_, loss, accuracy))
+
+    def add_event(self, kind: str, agent: str = "", text: str = "", *, at: float | None = None) -> None:
+        """Note that something happened."""
+        when = time.time() if at is None else at
+        with self._db:
+            self._db.execute("INSERT INTO events VALUES (?, ?, ?, ?)", (when, kind, agent, text))
+
+    def set_agents(self, rows: Sequence[tuple[int, str, str, float | None, float | None]]) -> None:
+        """Note the fleet: number, name, profile, budget and predicted peak in MiB."""
+        with self._db:
+            self._db.executemany("INSERT OR REPLACE INTO agents VALUES (?, ?, ?, ?, ?)", rows)
+
+    def agents(self) -> list[str]:
+        """Return the names of the fleet, in the order of their numbers."""
+        return [name for (name,) in self._db.execute("SELECT name FROM agents ORDER BY id")]
+
+    def records(self, start: int = 0, stop: int | None = None) -> Iterator[RoundRecord]:
+        """Yield the records of rounds ``start`` to ``stop`` (all that follow if None), decoded.
+
+        Raises:
+            DigestError: A row does not hold a record, or not that of its round.
+        """
+        for number, data, _ in self._rows(start, stop):
+            yield _decoded(number, data)
+
+    def verify(self) -> int:
+        """Check the chain and the order of all rows; return their number.
+
+        Raises:
+            DigestError: Names the first row that was altered or is missing.
+        """
+        chain = self._genesis()
+        expected = 0
+        for number, data, stored in self._rows(0, None):
+            if number != expected:
+                raise DigestError(f"round {expected} is missing from {self.path}")
+            chain = _link(chain, data)
+            if chain != stored:
+                raise DigestError(f"round {number} in {self.path} was altered: the chain breaks")
+            _decoded(number, data)
+            expected += 1
+        return expected
+
+    def _rows(self, start: int, stop: int | None) -> Iterator[tuple[int, bytes, bytes]]:
+        end = (1 << 62) if stop is None else stop
+        query = "SELECT round, record, chain FROM records WHERE round >= ? AND round < ? ORDER BY round"
+        yield from self._db.execute(query, (start, end))
+
+    def _genesis(self) -> bytes:
+        return _link(b"scalarfed", self.meta().get("bundle", "").encode())
+
+    def _chain_before(self, round_: int) -> bytes:
+        if round_ == 0:
+            return self._genesis()
+        row = self._db.execute("SELECT chain FROM records WHERE round = ?", (round_ - 1,)).fetchone()
+        return bytes(row[0])
+
+
+def _link(chain: bytes, data: bytes) -> bytes:
+    return hashlib.blake2b(chain + data, digest_size=16).digest()
+
+
+def _decoded(number: int, data: bytes) -> RoundRecord:
+    try:
+        record = decode_record(bytes(data))
+    except WireError as error:
+        raise DigestError(f"the row of round {number} holds no record: {error}") from None
+    if record.plan.round != number:
+        raise DigestError(f"the row of round {number} holds the record of round {record.plan.round}")
+    return record
