@@ -16,7 +16,7 @@ from edge_agent.noise import NoiseKey, hash_words
 from edge_agent.replay import Replica, apply_record
 from edge_agent.wire import Cohort, Reply, RoundOpen, RoundPlan, RoundRecord
 
-__all__ = ["Announce", "Commit", "Late", "Note", "Rounds"]
+__all__ = ["Action", "Announce", "Commit", "Late", "Note", "Rounds"]
 
 _RECENT = 4
 _SILENT_ROUNDS = 3
@@ -146,6 +146,11 @@ class Rounds:
         self._resend_s = resend_s
         self._seed = seed
         self._open: _Open | None = None
+
+    @property
+    def epoch(self) -> int:
+        """Incarnation of the coordinator."""
+        return self._epoch
 
     @property
     def finished(self) -> bool:

@@ -14,9 +14,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from profiles.limit import Enforcement, enforce
-from profiles.memory import current_rss_mib, peak_rss_mib
-
 from edge_agent.agent import Agent, Report
 from edge_agent.bundle import Bundle, read_bundle
 from edge_agent.data import Samples, batch_indices, load_samples, to_inputs
@@ -28,6 +25,8 @@ from edge_agent.state import load_replica, save_replica
 from edge_agent.topics import Topics, is_name, shard_of
 from edge_agent.wire import Reply, RoundOpen, SliceRequest, encode
 from profiles.errors import ConfigError, ScalarfedError, StateError
+from profiles.limit import Enforcement, enforce
+from profiles.memory import current_rss_mib, peak_rss_mib
 
 __all__ = ["main"]
 
@@ -57,7 +56,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--save-every-s", type=float, default=30.0, help="seconds between saves (%(default)s)"
     )
-    parser.add_argument("--with-parent", action="store_true", help="end when standard input is closed")
     parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     parser.add_argument("--version", action="version", version=_version())
     return parser
@@ -86,7 +84,7 @@ class _Process:
         for what in ("run", "name", "namespace"):
             if not is_name(getattr(options, what)):
                 raise ConfigError(
-                    f"--{what} {getattr(options, what)!r} must be 1 to 63 letters, digits, - or _",
+                    f"--{what} {getattr(options, what)!r} must be 1 to 63 letters, digits, dots, - or _",
                     hint=f"Choose another --{what}.",
                 )
         self.options = options
@@ -123,18 +121,16 @@ class _Process:
         self.state = "starting"
 
     def run(self) -> int:
-        """Serve until SIGTERM, SIGINT or, with --with-parent, the end of standard input."""
+        """Serve until SIGTERM or SIGINT."""
         for name in (signal.SIGTERM, signal.SIGINT):
             signal.signal(name, lambda *_: self.stopping.set())
-        if self.options.with_parent:
-            threading.Thread(target=self._follow_parent, daemon=True).start()
         _LOG.info(
             "%s: %s, %d parameters, %d samples, %s",
             self.options.name,
             self.bundle.model,
             self.bundle.params,
             len(self.samples),
-            self.enforcement or "no memory limit",
+            self.enforcement.detail if self.enforcement else "no memory limit",
         )
         will = json.dumps({"name": self.options.name, "state": "offline"}).encode()
         link = MqttLink(
@@ -260,7 +256,7 @@ class _Process:
             "rss_mib": round(current_rss_mib(), 2),
             "peak_rss_mib": round(peak_rss_mib(), 2),
             "budget_mib": self.options.memory_mib,
-            "enforcement": str(self.enforcement) if self.enforcement else "none",
+            "enforcement": self.enforcement.rung if self.enforcement else "none",
             "samples": len(self.samples),
             "estimates": self.agent.estimates,
             "forwards": self.agent.forwards,
@@ -268,11 +264,6 @@ class _Process:
             "traffic": vars(traffic).copy(),
         }
         link.publish(self.topics.status(self.options.name), json.dumps(status).encode(), retain=True)
-
-    def _follow_parent(self) -> None:
-        while os.read(0, 4096):
-            pass
-        self.stopping.set()
 
 
 def _version() -> str:

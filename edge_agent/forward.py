@@ -12,7 +12,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from edge_agent.bundle import Bundle
-from profiles.errors import BundleError
+from profiles.errors import BundleError, EstimateError
 
 __all__ = ["Forward", "open_session"]
 
@@ -82,5 +82,11 @@ class Forward:
     def _run(self, x: NDArray[np.float32], y: NDArray[np.int64]) -> list[ort.OrtValue]:
         self._binding.bind_input("x", "cpu", 0, np.float32, x.shape, x.ctypes.data)
         self._binding.bind_input("y", "cpu", 0, np.int64, y.shape, y.ctypes.data)
-        self._session.run_with_iobinding(self._binding)
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:  # its exceptions derive from no common class
+            raise EstimateError(
+                f"a forward pass of {len(y)} samples failed: {error}",
+                hint="If memory ran out, set a smaller batch size or prune to a lower density.",
+            ) from error
         return self._binding.get_outputs()

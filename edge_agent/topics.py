@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 __all__ = ["Topics", "is_name", "shard_of"]
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
 def is_name(text: str) -> bool:
-    """Return whether ``text`` can name an agent, a run or a namespace: 1 to 63 letters, digits, - or _."""
+    """Return whether ``text`` can name an agent or a run: 1 to 63 letters, digits, dots, - or _."""
     return _NAME.fullmatch(text) is not None
 
 

@@ -1,0 +1,230 @@
+"""The experiment: everything that one run is made of, as plain values with the rule of each.
+
+Knows every key of the experiment file and what a single value must be. Does not know files (``config`` reads
+and writes them), nor what the keys demand of each other.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from coordinator.schema import Choice, CountOrAll, Number, Text, Whole, Wholes
+from edge_agent.optimizer import METHODS
+
+__all__ = [
+    "AgentPlan",
+    "BrokerChoice",
+    "Data",
+    "Device",
+    "Evaluation",
+    "Experiment",
+    "Fleet",
+    "Method",
+    "Model",
+    "Pruning",
+]
+
+_NAME = Text(
+    pattern=r"[A-Za-z0-9][A-Za-z0-9._-]{0,47}",
+    rule="must be 1 to 48 letters, digits, dots, dashes or underscores, and begin with a letter or digit",
+    remedy="It names folders and MQTT topics.",
+)
+
+
+@dataclass(frozen=True)
+class Model:
+    """Which net is trained; its input and output follow the data.
+
+    Attributes:
+        name: ``auto`` takes what suits the shape of the data.
+        hidden: Widths of the hidden layers before pruning; only an MLP looks at it.
+    """
+
+    name: Annotated[str, Choice(("auto", "mlp", "lenet", "resnet20", "wrn10_2", "dscnn"))] = "auto"
+    hidden: Annotated[tuple[int, ...], Wholes(remedy="For example `hidden = [64, 32]`.")] = (64, 32)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where the samples are, and how they are dealt to the agents.
+
+    Attributes:
+        path: An ``.npz`` file; in the experiment file relative to that file, in an override to the working
+            folder.
+        split: ``iid``, ``dirichlet`` (label shares drawn per agent) or ``shards`` (few labels per agent).
+        alpha: Concentration of the Dirichlet split; the smaller, the more unlike the agents.
+        min_samples: No agent gets fewer.
+    """
+
+    path: Annotated[Path, Text(rule="must be the path of an .npz file")]
+    split: Annotated[str, Choice(("iid", "dirichlet", "shards"))] = "dirichlet"
+    alpha: Annotated[float, Number(above=0, remedy="0.1 is very uneven, 10 nearly even.")] = 0.5
+    min_samples: Annotated[int, Whole(1)] = 8
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """How the net is made smaller before training.
+
+    Attributes:
+        method: The saliency, or ``none``, which makes the density 1.
+        density: The fraction of the parameters that stays.
+        draws: Redrawn nets per schedule step.
+        schedule_steps: Steps in which the density falls.
+    """
+
+    method: Annotated[
+        str, Choice(("ntk", "synflow", "snip", "grasp", "magnitude", "erk", "uniform", "random", "none"))
+    ] = "ntk"
+    density: Annotated[
+        float,
+        Number(
+            above=0, most=1, remedy="It is the fraction of the parameters that stays: 0.5 halves the net."
+        ),
+    ] = 0.5
+    draws: Annotated[int, Whole(1, 1000)] = 5
+    schedule_steps: Annotated[int, Whole(1, 1000)] = 20
+
+
+@dataclass(frozen=True)
+class Method:
+    """The update rule. Constants of the method stand beside these keys in the file.
+
+    Attributes:
+        learning_rate: Step size at the start.
+        name: One of `edge_agent.optimizer.METHODS`.
+        epsilon: Step of the finite difference.
+        perturbations: Random directions per step.
+        local_steps: Steps between two messages.
+        batch_size: Samples per step and agent.
+        difference: ``central`` takes 2P forward passes a step, ``forward`` P + 1.
+        schedule: How the learning rate changes over the rounds.
+        constants: All constants of the method, its own defaults included.
+    """
+
+    learning_rate: Annotated[
+        float, Number(above=0, remedy="Try 0.01 first, and a tenth of it if the loss climbs.")
+    ]
+    name: Annotated[str, Choice(tuple(METHODS))] = "hiso"
+    epsilon: Annotated[float, Number(above=0, most=1, remedy="1e-3 suits most nets.")] = 1e-3
+    perturbations: Annotated[int, Whole(1, 65535, remedy="8 is a good start.")] = 8
+    local_steps: Annotated[int, Whole(1, 255)] = 1
+    batch_size: Annotated[int, Whole(1, 65535, remedy="16 is a good start.")] = 16
+    difference: Annotated[str, Choice(("central", "forward"))] = "central"
+    schedule: Annotated[str, Choice(("constant", "cosine"))] = "constant"
+    constants: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """How many agents a round asks, and how long it waits.
+
+    Attributes:
+        cohort: Agents asked in a round.
+        quorum: Answers that close it at its deadline; ``all`` means the whole cohort.
+        deadline_s: Seconds until a round closes or is extended.
+        resend_s: Seconds after which an unanswered round message is sent again.
+    """
+
+    cohort: Annotated[int | Literal["all"], CountOrAll()] = "all"
+    quorum: Annotated[int | Literal["all"], CountOrAll()] = "all"
+    deadline_s: Annotated[float, Number(above=0, most=86400)] = 60.0
+    resend_s: Annotated[float, Number(above=0, most=86400)] = 2.0
+
+
+@dataclass(frozen=True)
+class Device:
+    """Some equal devices.
+
+    Attributes:
+        profile: Name of a device profile.
+        count: How many of them.
+        memory_mib: Memory budget of the agent; the profile's, if not given.
+        name: What the agents' names begin with; the profile's name, if not given.
+    """
+
+    profile: Annotated[str, Text()]
+    count: Annotated[int, Whole(1, 10000)] = 1
+    memory_mib: Annotated[float | None, Number(above=0, remedy="A bare agent needs about 55 MiB.")] = None
+    name: Annotated[str | None, _NAME] = None
+
+
+@dataclass(frozen=True)
+class BrokerChoice:
+    """Which MQTT broker carries the messages.
+
+    Attributes:
+        url: A running broker; empty to start one.
+        port: Port of the broker that is started; 0 for any free one.
+    """
+
+    url: Annotated[
+        str,
+        Text(
+            pattern=r"|mqtts?://[^\s/]+/?",
+            rule="must be empty or look like mqtt://HOST:PORT or mqtts://HOST:PORT",
+        ),
+    ] = ""
+    port: Annotated[int, Whole(0, 65535)] = 0
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """When the coordinator evaluates its replica on the test samples: every few rounds, and at the end."""
+
+    every: Annotated[int, Whole(1)] = 10
+
+
+@dataclass(frozen=True)
+class AgentPlan:
+    """One agent of the fleet; ids count from 0 in the order of the file."""
+
+    id: int
+    name: str
+    profile: str
+    memory_mib: float
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything that one run is made of. Made by :func:`load_experiment`, which checks and resolves it."""
+
+    name: Annotated[str, _NAME]
+    model: Model
+    data: Data
+    pruning: Pruning
+    method: Method
+    fleet: Fleet
+    devices: tuple[Device, ...]
+    broker: BrokerChoice
+    evaluation: Evaluation
+    seed: Annotated[int, Whole()] = 7
+    rounds: Annotated[int, Whole(1, 2**31 - 1)] = 400
+
+    @property
+    def agents(self) -> tuple[AgentPlan, ...]:
+        """The agents, named after their devices: ``pi-zero-2w-1``, ``pi-zero-2w-2``, ..."""
+        return tuple(_agents(self.devices))
+
+    @property
+    def cohort_size(self) -> int:
+        """How many agents a round asks."""
+        agents = sum(device.count for device in self.devices)
+        return agents if self.fleet.cohort == "all" else self.fleet.cohort
+
+    @property
+    def quorum_size(self) -> int:
+        """How many answers a round needs."""
+        return self.cohort_size if self.fleet.quorum == "all" else self.fleet.quorum
+
+
+def _agents(devices: Sequence[Device]) -> Iterator[AgentPlan]:
+    taken: Counter[str] = Counter()
+    for device in devices:
+        prefix = device.name or device.profile
+        for _ in range(device.count):
+            taken[prefix] += 1
+            memory_mib = device.memory_mib or 0.0
+            yield AgentPlan(taken.total() - 1, f"{prefix}-{taken[prefix]}", device.profile, memory_mib)

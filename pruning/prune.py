@@ -1,0 +1,189 @@
+"""Pruning before training, in one call: saliency, widths, a narrower net with fresh weights.
+
+Knows in which order the parts are called and what the result says of itself. Does not know data, boards or
+how a net is trained.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_agent.bundle import Bundle
+from profiles.errors import ModelError
+from pruning.allocation import allocate, fractions_from_densities
+from pruning.export import export_bundle, export_graph
+from pruning.masks import densities_of, schedule
+from pruning.models import Net, build_model, choose_model, model_structure
+from pruning.saliency import SCORES, make_probe
+
+__all__ = ["METHODS", "Pruned", "prune_model", "write_pruned"]
+
+METHODS = ("none", "uniform", *SCORES)
+"""Names of all methods: no pruning, one factor for all widths, and every saliency."""
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A net made narrower, with fresh weights.
+
+    Attributes:
+        module: The narrow net, in evaluation mode.
+        model: Its name, never ``auto``.
+        method: One of METHODS.
+        density: Fraction of the parameters that was asked to stay.
+        seed: Names the saliency's draws and the fresh weights.
+        widths_dense: Units per group before.
+        widths: Units per group after.
+        params_dense: Trainable values before.
+        params: Trainable values after; at most density * params_dense.
+        macs_dense: Multiply-accumulates of one sample's forward before.
+        macs: The same after.
+        densities: Fraction that the saliency left standing, per layer; empty without a saliency.
+    """
+
+    module: Net
+    model: str
+    method: str
+    density: float
+    seed: int
+    widths_dense: dict[str, int]
+    widths: dict[str, int]
+    params_dense: int
+    params: int
+    macs_dense: int
+    macs: int
+    densities: dict[str, float]
+
+    def summary(self) -> dict[str, Any]:
+        """Return everything but the module, as plain values for a manifest or a report."""
+        return {key: value for key, value in vars(self).items() if key != "module"}
+
+
+def prune_model(
+    name: str,
+    *,
+    sample_shape: tuple[int, ...],
+    classes: int,
+    method: str = "ntk",
+    density: float = 0.5,
+    draws: int = 5,
+    schedule_steps: int = 20,
+    seed: int = 0,
+    hidden: Sequence[int] | None = None,
+    standardise: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Pruned:
+    """Return a reference net that keeps ``density`` of its parameters, as narrower layers.
+
+    Args:
+        name: One of :data:`pruning.models.MODELS`.
+        sample_shape: (features,) or (channels, height, width).
+        classes: Number of classes.
+        method: One of METHODS.
+        density: Fraction of the parameters that stays, in (0, 1].
+        draws: Independent draws per step of the schedule.
+        schedule_steps: Cuts until the density is reached.
+        seed: Names all draws and the fresh weights.
+        hidden: Dense widths of the hidden layers of ``mlp``.
+        standardise: Offset and scale of the net's first layer, see
+            :func:`pruning.models.standardisation`; the identity if None.
+        progress: Called with the cuts done and all cuts.
+
+    Raises:
+        ModelError: The density is outside (0, 1] or below the narrowest net (the message has the minimum),
+            or the net cannot be built for this input or output.
+    """
+    if method not in METHODS:
+        raise ModelError(
+            f"pruning method {method!r} is unknown", hint=f"Known methods: {', '.join(METHODS)}."
+        )
+    if not 0 < density <= 1:
+        raise ModelError(
+            f"density = {density} is outside (0, 1]", hint="Density is the fraction of parameters that stays."
+        )
+    name = choose_model(name, sample_shape=sample_shape)
+    structure = model_structure(name, sample_shape=sample_shape, classes=classes, hidden=hidden)
+    total = structure.params(structure.dense)
+    least = structure.params(structure.narrowest)
+    if density * total < least:
+        raise ModelError(
+            f"density = {density} leaves {density * total:,.0f} of {total:,} parameters; the narrowest "
+            f"`{name}` has {least:,}",
+            hint=f"Choose a density of at least {math.ceil(least / total * 1e4) / 1e4}, or a smaller model.",
+        )
+    densities: dict[str, float] = {}
+    fractions = dict.fromkeys(structure.dense, 1.0)
+    if method in SCORES and density < 1:
+        dense = build_model(name, sample_shape=sample_shape, classes=classes, hidden=hidden, seed=seed)
+        probe = make_probe(dense, sample_shape=sample_shape, draws=draws, seed=seed)
+        masks = schedule(
+            lambda masks, step: SCORES[method](probe, masks, step),
+            probe.masks(),
+            density,
+            steps=schedule_steps,
+            progress=progress,
+        )
+        densities = densities_of(masks)
+        fractions = fractions_from_densities(structure, densities)
+    widths = structure.dense
+    if method != "none":
+        widths = allocate(structure, fractions, spend=structure.params, budget=density * total).widths
+    module = build_model(
+        name,
+        sample_shape=sample_shape,
+        classes=classes,
+        widths=widths,
+        hidden=hidden,
+        standardise=standardise,
+        seed=seed,
+    )
+    return Pruned(
+        module=module,
+        model=name,
+        method=method,
+        density=density if method != "none" else 1.0,
+        seed=seed,
+        widths_dense=structure.dense,
+        widths=widths,
+        params_dense=total,
+        params=structure.params(widths),
+        macs_dense=structure.macs(structure.dense),
+        macs=structure.macs(widths),
+        densities=densities,
+    )
+
+
+def write_pruned(pruned: Pruned, folder: Path, *, cost: Callable[[bytes], Mapping[str, int]]) -> Bundle:
+    """Export the narrow net as a bundle whose manifest compares it with the dense net.
+
+    Args:
+        pruned: What :func:`prune_model` returned.
+        folder: Where the bundle goes.
+        cost: Reads an ONNX file and returns what its forward takes, ``forward_flops`` among it; also used
+            on the dense net, for ``pruning.forward_flops_dense`` and so on.
+    """
+    net = pruned.module
+    dense = build_model(
+        pruned.model,
+        sample_shape=net.sample_shape,
+        classes=net.classes,
+        widths=pruned.widths_dense,
+        hidden=tuple(pruned.widths_dense.values()) if pruned.model == "mlp" else None,
+        seed=pruned.seed,
+    )
+    graph = export_graph(dense, sample_shape=net.sample_shape, classes=net.classes, verify=False).graph
+    before = {f"{key}_dense": value for key, value in cost(graph).items()}
+    return export_bundle(
+        net,
+        folder,
+        model=pruned.model,
+        sample_shape=net.sample_shape,
+        classes=net.classes,
+        pruning={**pruned.summary(), **before},
+        cost=cost,
+    )
