@@ -61,7 +61,7 @@ def _first_line(path: Path) -> str:
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".py":
         text = ast.get_docstring(ast.parse(text)) or ""
-        return text.partition("\n")[0]
+        return text.partition("\n")[0].replace("``", "`")
     first = text.lstrip().partition("\n")[0]
     return first.removeprefix("/*").removesuffix("*/").strip() if first.startswith("/*") else ""
 
