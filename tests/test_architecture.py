@@ -418,6 +418,32 @@ def test_a_module_is_read_in_one_sitting(path):
     assert len((ROOT / path).read_text(encoding="utf-8").splitlines()) <= 500
 
 
+TESTS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("test_*.py"))
+
+
+@pytest.mark.parametrize("path", TESTS)
+def test_a_test_makes_a_claim(path):
+    """Each test says in its docstring, as a sentence, what it claims."""
+    functions = [node for node in ast.walk(parsed(path)) if isinstance(node, ast.FunctionDef)]
+    tests = [function for function in functions if function.name.startswith("test_")]
+    assert tests
+
+    silent = [
+        test.name for test in tests if not (ast.get_docstring(test) or "").partition("\n")[0].endswith(".")
+    ]
+    assert silent == []
+
+
+@pytest.mark.parametrize("path", TESTS)
+def test_a_test_does_not_sleep(path):
+    """No test hopes that things are done after a while: it looks, in a loop, for what it wants to see."""
+    tree = parsed(path)
+    loops = [node for node in ast.walk(tree) if isinstance(node, (ast.For, ast.While))]
+    looking = {id(call) for loop in loops for name, call in calls(loop) if name == "sleep"}
+
+    assert [call.lineno for name, call in calls(tree) if name == "sleep" and id(call) not in looking] == []
+
+
 @pytest.mark.parametrize("path", MODULES)
 def test_a_name_says_something(path):
     """No module is called after nothing in particular."""
