@@ -152,13 +152,14 @@ def _prepare(experiment: Experiment, folder: Path, observer: Observer) -> None:
 def _prune(
     experiment: Experiment, folder: Path, inputs: np.ndarray[Any, Any], classes: int, observer: Observer
 ) -> Bundle:
-    from pruning.models import standardisation
+    from pruning.models import choose_model, standardisation
     from pruning.prune import prune_model, write_pruned
 
     settings = experiment.pruning
-    observer.stage(f"pruning {experiment.model.name} to density {settings.density:g} by {settings.method}")
+    model = choose_model(experiment.model.name, sample_shape=inputs.shape[1:])
+    observer.stage(f"pruning {model} to density {settings.density:g} by {settings.method}")
     pruned = prune_model(
-        experiment.model.name,
+        model,
         sample_shape=inputs.shape[1:],
         classes=classes,
         method=settings.method,
@@ -166,7 +167,7 @@ def _prune(
         draws=settings.draws,
         schedule_steps=settings.schedule_steps,
         seed=experiment.seed,
-        hidden=experiment.model.hidden,
+        hidden=experiment.model.hidden if model == "mlp" else None,
         standardise=standardisation(inputs),
         progress=observer.pruning,
     )
