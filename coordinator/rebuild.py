@@ -1,6 +1,7 @@
 """The model of any round, rebuilt from a run folder and written as an ONNX file.
 
-Knows bundle, scalar log and the layout of the graph. Does not train, and trusts nothing that it has not compared.
+Knows bundle, scalar log and the layout of the graph. Does not train, and trusts nothing
+that it has not compared.
 """
 
 import os

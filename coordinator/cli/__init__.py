@@ -1,12 +1,10 @@
 """The command ``scalarfed``: one module per verb, and what all of them do with an error.
 
-Knows the verbs and exit codes. Everything heavy is imported by the verb that needs it, when it runs, so that
-``scalarfed --help`` answers at once.
+Knows the verbs and exit codes. Everything heavy is imported by the verb that needs it, when it runs, so
+that ``scalarfed --help`` answers at once.
 """
 
-import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated
 
 import typer
@@ -20,11 +18,11 @@ _INTERRUPTED = 130
 
 app = typer.Typer(
     name="scalarfed",
-    help="Prune first. Then train a fleet of small boards with forward passes only, and send nothing but scalars.",
+    help="Prune first. Then train a fleet of small boards with forward passes only, and send only scalars.",
     epilog="Start here: scalarfed testbed run examples/digits.toml",
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -42,8 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Without the program's name; those of this process where left out.
 
     Returns:
-        0 if all went well, 1 for a trouble of the operating system, 2 for a wrong option, the error's own code for
-        whatever a user caused, 130 after Ctrl-C.
+        0 if all went well, 1 for a trouble of the operating system, 2 for a wrong option, the error's own
+        code for whatever a user caused, 130 after Ctrl-C.
     """
     try:
         app(args=None if arguments is None else list(arguments), prog_name="scalarfed")
@@ -72,6 +70,8 @@ def _say(message: str, hint: str) -> None:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
+        from importlib.metadata import PackageNotFoundError, version
+
         try:
             typer.echo(f"scalarfed {version('scalarfed')}")
         except PackageNotFoundError:
@@ -86,7 +86,3 @@ def _options(
     ] = False,
 ) -> None:
     pass
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -15,7 +15,9 @@ app = typer.Typer(no_args_is_help=True, help="Look into the scalar log of a run,
 def show(
     run: Annotated[Path, typer.Argument(help="The run folder.", show_default=False)],
     last: Annotated[int, typer.Option(min=1, help="How many rounds, from the end.")] = 20,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with all that is known of them.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object with all that is known of them.")
+    ] = False,
 ) -> None:
     """Print the last rounds: loss, size of the scalars, counted replies, digest."""
     from coordinator.history import read_history
@@ -68,4 +70,6 @@ def verify(
     if as_json:
         typer.echo(json.dumps({"rounds": replica.round, "digest": digest, "sound": True}))
     else:
-        typer.echo(f"{replica.round} rounds: the chain is whole and every digest agrees; the last is {digest}")
+        typer.echo(
+            f"{replica.round} rounds: the chain is whole and every digest agrees; the last is {digest}"
+        )

@@ -18,14 +18,15 @@ def replay(
         typer.Option("--round", help="Rounds to replay; 0 is the untrained net.", show_default="all of them"),
     ] = None,
     export: Annotated[
-        Path | None, typer.Option(metavar="FILE.onnx", help="Write the model for use elsewhere.", show_default=False)
+        Path | None,
+        typer.Option(metavar="FILE.onnx", help="Write the model for use elsewhere.", show_default=False),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Rebuild the model of a round, bit for bit, from the bundle and the scalar log alone.
 
-    Every digest on the way is compared with the log; a broken chain or another digest is refused, and nothing is
-    written. The exported model takes the values as they are in the data file and gives logits.
+    Every digest on the way is compared with the log; a broken chain or another digest is refused, and nothing
+    is written. The exported model takes the values as they are in the data file and gives logits.
     """
     from coordinator.rebuild import rebuild_run, write_model
 
@@ -34,7 +35,9 @@ def replay(
         write_model(bundle, replica.weights, export)
     digest = f"{replica.digest():016x}"
     if as_json:
-        typer.echo(json.dumps({"round": replica.round, "digest": digest, "file": str(export) if export else None}))
+        typer.echo(
+            json.dumps({"round": replica.round, "digest": digest, "file": str(export) if export else None})
+        )
         return
     typer.echo(f"after round {replica.round} the digest is {digest}, as the log says")
     if export is not None:

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 __all__ = ["app"]
 
 app = typer.Typer(
-    no_args_is_help=True, help="Run an experiment on this machine: every board is a process with its own budget."
+    no_args_is_help=True,
+    help="Run an experiment on this machine: every board is a process with its own budget.",
 )
 
 
@@ -34,19 +35,26 @@ def run(
     settings: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="KEY=VALUE", help="Change a key of the experiment; may be repeated.", show_default=False
+            "--set",
+            metavar="KEY=VALUE",
+            help="Change a key of the experiment; may be repeated.",
+            show_default=False,
         ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object, nothing else.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the summary as one JSON object, nothing else.")
+    ] = False,
     broker: Annotated[
-        str | None, typer.Option(metavar="URL", help="Use a running MQTT broker, mqtt://HOST:PORT.", show_default=False)
+        str | None,
+        typer.Option(metavar="URL", help="Use a running MQTT broker, mqtt://HOST:PORT.", show_default=False),
     ] = None,
 ) -> None:
     """Prune, export, start a broker and the agents, train, and write the report.
 
-    The run folder holds the experiment as it was run, the scalar log, the bundle, the agents' logs, summary.json and
-    report.html. Ctrl-C stops in order; the same command with --resume goes on without losing a round.
+    The run folder holds the experiment as it was run, the scalar log, the bundle, the agents' logs,
+    summary.json and report.html. Ctrl-C stops in order; the same command with --resume goes on without losing
+    a round.
     """
     from coordinator.config import load_experiment
 
@@ -113,12 +121,19 @@ def _show(summary: dict[str, Any], folder: Path) -> None:
 
 
 def _rows(summary: dict[str, Any], folder: Path) -> Sequence[tuple[str, str]]:
-    accuracy, dense, kept = summary.get("test_accuracy"), summary.get("params_dense"), summary.get("params_pruned")
+    accuracy, dense, kept = (
+        summary.get("test_accuracy"),
+        summary.get("params_dense"),
+        summary.get("params_pruned"),
+    )
     up, down = summary.get("bytes_up_per_agent_round"), summary.get("bytes_down_per_agent_round")
     peaks = [agent["peak_rss_mib"] for agent in summary.get("agents", []) if agent.get("peak_rss_mib")]
     where = "on every side" if summary.get("digests_agree") else "[red]not on every side[/red]"
     rows = [
-        ("test accuracy", "not evaluated" if accuracy is None else f"{accuracy:.1%} after {summary['rounds']} rounds"),
+        (
+            "test accuracy",
+            "not evaluated" if accuracy is None else f"{accuracy:.1%} after {summary['rounds']} rounds",
+        ),
         ("parameters", "" if not dense else f"{kept:,} of {dense:,}"),
         ("bytes", "" if up is None else f"{up:.0f} up, {down:.0f} down per agent and round"),
         ("peak memory", f"{max(peaks):.0f} MiB" if peaks else ""),
