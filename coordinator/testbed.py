@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from profiles.budget import Prediction, require_fit
-from profiles.cost import cost_of_graph
 
 from coordinator.broker import Broker, open_broker
 from coordinator.config import dump, load_experiment
@@ -36,6 +34,8 @@ from edge_agent.optimizer import METHODS
 from edge_agent.replay import Replica, apply_record
 from edge_agent.topics import Topics
 from edge_agent.wire import RoundPlan, RoundRecord
+from profiles.budget import Prediction, check_memory
+from profiles.cost import Cost, graph_cost
 from profiles.errors import ConfigError, DataError, LogError
 
 __all__ = ["evaluate", "plan_of", "prepare", "rebuild", "run_testbed"]
@@ -175,7 +175,7 @@ def _prune(
         f"{pruned.model}: {pruned.params_dense:,} -> {pruned.params:,} parameters, "
         f"{pruned.macs_dense:,} -> {pruned.macs:,} MACs a sample"
     )
-    return write_pruned(pruned, folder, cost=cost_of_graph)
+    return write_pruned(pruned, folder, cost=lambda graph: graph_cost(graph).as_dict())
 
 
 def _predict(experiment: Experiment, bundle: Bundle, agent: AgentPlan, samples: Samples) -> Prediction:
@@ -184,16 +184,15 @@ def _predict(experiment: Experiment, bundle: Bundle, agent: AgentPlan, samples: 
     Raises:
         BudgetError: More than it may use; says what would fit.
     """
-    return require_fit(
-        bundle.cost,
-        name=agent.name,
-        profile=agent.profile,
+    return check_memory(
+        Cost.from_dict(bundle.cost, params=bundle.params),
+        agent.memory_mib,
         model=bundle.model,
-        budget_mib=agent.memory_mib,
+        device=agent.name,
         batch_size=experiment.method.batch_size,
-        curvature_bytes=2 * bundle.size if METHODS[experiment.method.name].curvature else 0,
-        data_bytes=samples.x.nbytes + samples.y.nbytes,
         density=experiment.pruning.density,
+        curvature_bytes_per_param=2.0 if METHODS[experiment.method.name].curvature else 0.0,
+        data_bytes=samples.x.nbytes + samples.y.nbytes,
     )
 
 
