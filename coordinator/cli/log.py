@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-__all__ = ["app"]
+__all__ = ["app", "show", "verify"]
 
 app = typer.Typer(no_args_is_help=True, help="Look into the scalar log of a run, and check it.")
 

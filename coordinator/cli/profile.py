@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["app"]
+__all__ = ["app", "import_", "list_profiles", "show"]
 
 app = typer.Typer(no_args_is_help=True, help="What is known of the boards: memory, speed, system.")
 

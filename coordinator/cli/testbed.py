@@ -13,7 +13,7 @@ import typer
 if TYPE_CHECKING:
     from coordinator.progress import Observer
 
-__all__ = ["app"]
+__all__ = ["app", "run"]
 
 app = typer.Typer(
     no_args_is_help=True,
