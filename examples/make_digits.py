@@ -1,4 +1,4 @@
-"""Make digits.npz from scikit-learn's copy of the UCI optical digits: ``python examples/make_digits.py``.
+"""Make examples/digits.npz from scikit-learn's copy of the UCI optical digits: ``examples/make_digits.py``.
 
 Needs scikit-learn, which scalarfed itself does not. The split is stratified by class and seeded, so that the
 same file comes out again.
