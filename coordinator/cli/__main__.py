@@ -4,6 +4,6 @@ import sys
 
 from coordinator.cli import main
 
-__all__: list[str] = []
+__all__ = ()
 
 sys.exit(main())
