@@ -71,12 +71,12 @@ def accuracy_plot(history: History) -> str:
     def draw(axes: Axes) -> None:
         rounds, accuracy = history.evaluated, history.test_accuracy
         axes.plot(rounds, accuracy, color=_ACCENT, marker="o", markersize=2.5 if len(rounds) > 25 else 4)
-        axes.set_ylim(0, 1.04)
+        axes.set_ylim(0, 1.12)
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.annotate(
             f"{accuracy[-1]:.1%}",
             (rounds[-1], accuracy[-1]),
-            xytext=(0, -14),
+            xytext=(0, 6),
             textcoords="offset points",
             ha="right",
             weight="bold",
