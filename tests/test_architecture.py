@@ -105,7 +105,7 @@ def tops(path: str) -> set[str]:
 
 
 def imported_at_load(path: str) -> set[str]:
-    """Return the first parts of the names that a module imports outside of functions, when it is run."""
+    """Return the first parts of the names that a module imports outside of any function."""
     pending: list[ast.AST] = [parsed(path)]
     names = set()
     while pending:
@@ -114,7 +114,7 @@ def imported_at_load(path: str) -> set[str]:
             names |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             names.add(str(node.module).partition(".")[0])
-        elif isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+        elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             pending += node.orelse
         elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
             pending += ast.iter_child_nodes(node)
