@@ -15,7 +15,7 @@ from edge_agent.wire import Reply
 
 __all__ = ["RULES", "aggregate", "mean_loss", "tolerated"]
 
-Matrix = NDArray[np.float64]
+_Matrix = NDArray[np.float64]
 
 
 def aggregate(replies: Mapping[int, Reply], *, rule: str = "mean", liars: float = 0.2) -> NDArray[np.float32]:
@@ -48,7 +48,7 @@ def mean_loss(replies: Mapping[int, Reply]) -> float:
     return math.fsum(reply.samples * reply.loss for reply in replies.values()) / samples
 
 
-def _mean(rows: Matrix, samples: Matrix, _liars: int) -> Matrix:
+def _mean(rows: _Matrix, samples: _Matrix, _liars: int) -> _Matrix:
     """Return the mean of the rows, each weighted by its samples.
 
     The products are exact: 24 bits of a scalar times 16 bits of a count.
@@ -57,7 +57,7 @@ def _mean(rows: Matrix, samples: Matrix, _liars: int) -> Matrix:
     return np.array([math.fsum(column) / total for column in (rows * samples[:, None]).T.tolist()])
 
 
-def _median(rows: Matrix, _samples: Matrix, _liars: int) -> Matrix:
+def _median(rows: _Matrix, _samples: _Matrix, _liars: int) -> _Matrix:
     """Return the median of each scalar over the agents.
 
     Source: Yin et al., "Byzantine-Robust Distributed Learning", 2018, definition 1.
@@ -65,7 +65,7 @@ def _median(rows: Matrix, _samples: Matrix, _liars: int) -> Matrix:
     return np.median(rows, axis=0)
 
 
-def _trimmed(rows: Matrix, _samples: Matrix, liars: int) -> Matrix:
+def _trimmed(rows: _Matrix, _samples: _Matrix, liars: int) -> _Matrix:
     """Return the mean of each scalar without its ``liars`` smallest and largest values.
 
     Source: Yin et al., "Byzantine-Robust Distributed Learning", 2018, definition 2.
@@ -74,7 +74,7 @@ def _trimmed(rows: Matrix, _samples: Matrix, liars: int) -> Matrix:
     return np.array([math.fsum(column) / len(column) for column in kept.T.tolist()])
 
 
-def _krum(rows: Matrix, _samples: Matrix, liars: int) -> Matrix:
+def _krum(rows: _Matrix, _samples: _Matrix, liars: int) -> _Matrix:
     """Return the mean of the n - f rows that lie nearest to their n - f - 2 neighbours (multi-Krum).
 
     Source: Blanchard et al., "Machine Learning with Adversaries", 2017, section 4 and the variant of 6.
@@ -88,7 +88,7 @@ def _krum(rows: Matrix, _samples: Matrix, liars: int) -> Matrix:
     return np.array([math.fsum(column) / len(column) for column in kept.T.tolist()])
 
 
-RULES: Mapping[str, Callable[[Matrix, Matrix, int], Matrix]] = {
+RULES: Mapping[str, Callable[[_Matrix, _Matrix, int], _Matrix]] = {
     "mean": _mean,
     "median": _median,
     "trimmed": _trimmed,

@@ -242,6 +242,10 @@ class ScalarLog:
         """Return how many replies of an agent came, late ones and failed ones too."""
         return self._count("SELECT COUNT(*) FROM replies WHERE agent = ?", agent)
 
+    def answered_at_once(self) -> int:
+        """Return how many replies were counted without a second announcement."""
+        return self._count("SELECT COUNT(*) FROM replies WHERE attempt = 0 AND counted")
+
     def count_events(self, kind: str, agent: str) -> int:
         """Return how often something happened to an agent."""
         return self._count("SELECT COUNT(*) FROM events WHERE kind = ? AND agent = ?", kind, agent)
