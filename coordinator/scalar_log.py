@@ -242,9 +242,9 @@ class ScalarLog:
         """Return how many replies of an agent came, late ones and failed ones too."""
         return self._count("SELECT COUNT(*) FROM replies WHERE agent = ?", agent)
 
-    def answered_at_once(self) -> int:
-        """Return how many replies were counted without a second announcement."""
-        return self._count("SELECT COUNT(*) FROM replies WHERE attempt = 0 AND counted")
+    def answered_at_once(self, start: int = 0) -> int:
+        """Return how many replies from round ``start`` on were counted without a second announcement."""
+        return self._count("SELECT COUNT(*) FROM replies WHERE attempt = 0 AND counted AND round >= ?", start)
 
     def count_events(self, kind: str, agent: str) -> int:
         """Return how often something happened to an agent."""
@@ -265,7 +265,7 @@ class ScalarLog:
         row = self._db.execute(query).fetchone()
         return None if row is None else (float(row[0]), float(row[1]))
 
-    def _count(self, query: str, *values: str) -> int:
+    def _count(self, query: str, *values: str | int) -> int:
         return int(self._db.execute(query, values).fetchone()[0])
 
     def records(self, start: int = 0, stop: int | None = None) -> Iterator[RoundRecord]:
