@@ -31,13 +31,14 @@ from edge_agent.data import Samples, load_samples, to_inputs
 from edge_agent.forward import Forward
 from edge_agent.link import MqttLink
 from edge_agent.optimizer import METHODS
+from edge_agent.replay import Replica
 from edge_agent.topics import Topics
 from edge_agent.wire import RoundPlan, RoundRecord
 from profiles.budget import Prediction, check_memory, predict_peak_mib
 from profiles.cost import Cost, graph_cost
 from profiles.errors import ConfigError, DataError, ScalarfedError
 
-__all__ = ["evaluate", "plan_of", "prepare", "run_testbed"]
+__all__ = ["evaluate", "plan_of", "prepare", "rounds_of", "run_testbed"]
 
 _EVALUATION_BATCH = 256
 
@@ -216,6 +217,34 @@ def plan_of(experiment: Experiment, round_: int) -> RoundPlan:
     )
 
 
+def rounds_of(experiment: Experiment, log: ScalarLog, replica: Replica, *, epoch: int) -> Rounds:
+    """Return the rounds of an experiment, to go on where the log ends.
+
+    Args:
+        experiment: What to run.
+        log: Of the run.
+        replica: The coordinator's, with all of the log applied.
+        epoch: Of this coordinator; see :meth:`ScalarLog.next_epoch`.
+    """
+    return Rounds(
+        fleet=len(experiment.agents),
+        rounds=experiment.rounds,
+        plan_of=lambda round_: plan_of(experiment, round_),
+        epoch=epoch,
+        replica=replica,
+        recent=list(log.records(max(0, replica.round - 4))),
+        batch_size=experiment.method.batch_size,
+        central=experiment.method.difference == "central",
+        cohort=None if experiment.fleet.cohort == "all" else experiment.fleet.cohort,
+        quorum=None if experiment.fleet.quorum == "all" else experiment.fleet.quorum,
+        deadline_s=experiment.fleet.deadline_s,
+        resend_s=experiment.fleet.resend_s,
+        seed=experiment.seed,
+        rule=experiment.fleet.aggregation,
+        liars=experiment.fleet.liars,
+    )
+
+
 def evaluate(forward: Forward, samples: Samples) -> tuple[float, float]:
     """Return mean loss and accuracy over all samples."""
     losses = 0.0
@@ -242,21 +271,7 @@ def _train(
     replica = rebuild(bundle, log)
     forward = Forward(bundle, replica.weights)
     log.add_event("coordinator started", "", f"epoch {epoch}, round {replica.round}")
-    rounds = Rounds(
-        fleet=len(experiment.agents),
-        rounds=experiment.rounds,
-        plan_of=lambda round_: plan_of(experiment, round_),
-        epoch=epoch,
-        replica=replica,
-        recent=list(log.records(max(0, replica.round - 4))),
-        batch_size=experiment.method.batch_size,
-        central=experiment.method.difference == "central",
-        cohort=None if experiment.fleet.cohort == "all" else experiment.fleet.cohort,
-        quorum=None if experiment.fleet.quorum == "all" else experiment.fleet.quorum,
-        deadline_s=experiment.fleet.deadline_s,
-        resend_s=experiment.fleet.resend_s,
-        seed=experiment.seed,
-    )
+    rounds = rounds_of(experiment, log, replica, epoch=epoch)
     accuracy: float | None = None
 
     def evaluate_now() -> None:
@@ -282,7 +297,8 @@ def _train(
 
         def on_idle() -> None:
             supervisor.watch()
-            if not broker.alive():
+            # A broker that is not ours comes back by itself or by whoever runs it; the link waits for it.
+            if broker.pid is not None and not broker.alive():
                 log.add_event("broker ended", "", f"starting {broker.kind} again")
                 broker.restart()
 
