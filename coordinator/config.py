@@ -178,7 +178,7 @@ def _devices(entries: object, faults: Faults, homes: Mapping[str, str]) -> Itera
             yield device
             continue
         try:
-            allowed = load_profile(device.profile).memory_mib.value
+            allowed = float(load_profile(device.profile).memory_mib.value)
         except ProfileError as error:
             faults.refuse(f"{where}.profile", device.profile, f"will not do. {error} {error.hint}")
             yield device
