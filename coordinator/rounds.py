@@ -232,7 +232,7 @@ class Rounds:
             return "not asked"
         if agent in opened.answered:
             return "duplicate"
-        if not reply.failed and reply.scalars.size != plan.steps * plan.perturbations:
+        if not reply.failed and reply.scalars.size != plan.steps * plan.scalars:
             return "wrong number of scalars"
         if reply.samples != opened.message.batch_size:
             return "wrong number of samples"
@@ -264,7 +264,7 @@ class Rounds:
         counted = self._counted(opened)
         plan = opened.message.plan
         skipped = len(counted) < max(1, self._needed(opened))
-        shape = (plan.steps, plan.perturbations)
+        shape = (plan.steps, plan.scalars)
         scalars = np.zeros(shape, np.float32) if skipped else mean_scalars(counted).reshape(shape)
         record = RoundRecord(plan, self._epoch, skipped, scalars, digest=0)
         apply_record(self.replica, record, check=False)

@@ -191,18 +191,23 @@ def _predict(experiment: Experiment, bundle: Bundle, agent: AgentPlan, samples: 
         device=agent.name,
         batch_size=experiment.method.batch_size,
         density=experiment.pruning.density,
-        curvature_bytes_per_param=2.0 if METHODS[experiment.method.name].curvature else 0.0,
+        curvature_bytes_per_param=METHODS[experiment.method.name].bytes_per_weight,
         data_bytes=samples.x.nbytes + samples.y.nbytes,
     )
 
 
-def plan_of(experiment: Experiment, round_: int) -> RoundPlan:
+def plan_of(experiment: Experiment, bundle: Bundle, round_: int) -> RoundPlan:
     """Return what a round of the experiment asks; the learning rate follows its schedule."""
     settings = experiment.method
-    rate = settings.learning_rate
+    factor = 1.0
     if settings.schedule == "cosine":
-        rate *= 0.5 * (1.0 + math.cos(math.pi * min(1.0, round_ / experiment.rounds)))
+        factor = 0.5 * (1.0 + math.cos(math.pi * min(1.0, round_ / experiment.rounds)))
     method = METHODS[settings.name]
+    constants = {
+        name: value * (factor if name in method.scheduled else 1.0)
+        for name, value in settings.constants.items()
+    }
+    layer = sum(tensor.size for tensor in bundle.tensors if tensor.name in bundle.head)
     return RoundPlan(
         round=round_,
         seed=experiment.seed,
@@ -210,8 +215,9 @@ def plan_of(experiment: Experiment, round_: int) -> RoundPlan:
         steps=settings.local_steps,
         perturbations=settings.perturbations,
         epsilon=settings.epsilon,
-        learning_rate=rate,
-        constants=method.values(settings.constants),
+        learning_rate=settings.learning_rate * factor,
+        constants=method.values(constants),
+        exact=min(settings.exact, layer) if method.head else 0,
     )
 
 
@@ -261,7 +267,7 @@ def _train(
     rounds = Rounds(
         fleet=len(experiment.agents),
         rounds=experiment.rounds,
-        plan_of=lambda round_: plan_of(experiment, round_),
+        plan_of=lambda round_: plan_of(experiment, bundle, round_),
         epoch=epoch,
         replica=replica,
         recent=list(log.records(max(0, replica.round - 4))),
