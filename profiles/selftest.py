@@ -45,8 +45,8 @@ def measure(*, seconds: float = 5.0, threads: int | None = None, root: Path = Pa
         root: Where ``/sys`` lies.
     """
     import numpy as np
-    import onnxruntime as ort  # type: ignore[import-untyped]  # no types either
-    import psutil  # type: ignore[import-untyped]  # it ships no types
+    import onnxruntime as ort
+    import psutil
 
     cores = _cores()
     options = ort.SessionOptions()
