@@ -6,6 +6,9 @@ experiment has the same bits in both.
 
 from collections.abc import Callable
 
+import numpy as np
+from numpy.typing import NDArray
+
 from edge_agent.data import Samples, batch_indices, to_inputs
 from edge_agent.estimator import Estimate, batches_per_step, estimate
 from edge_agent.forward import Forward
@@ -15,15 +18,24 @@ from edge_agent.wire import RoundOpen
 __all__ = ["measure"]
 
 
-def measure(forward: Forward, samples: Samples, replica: Replica, opened: RoundOpen, number: int) -> Estimate:
+def measure(
+    forward: Forward,
+    samples: Samples,
+    replica: Replica,
+    opened: RoundOpen,
+    number: int,
+    *,
+    own: NDArray[np.int64] | None = None,
+) -> Estimate:
     """Measure what a round asks of one agent.
 
     Args:
         forward: Reads the replica's weights.
-        samples: The agent's.
+        samples: The agent's, or those of many.
         replica: Perturbed in place; ends with the bits it had.
         opened: The round.
         number: The agent's number in the fleet, which decides with the run's seed which samples it takes.
+        own: Which of the samples are the agent's; None for all.
 
     Raises:
         EstimateError: A loss is not finite; the replica is as it was.
@@ -32,8 +44,9 @@ def measure(forward: Forward, samples: Samples, replica: Replica, opened: RoundO
     first = plan.round * plan.steps * batches_per_step(plan, central=opened.central)
 
     def loss_of(batch: int) -> Callable[[], float]:
-        indices = batch_indices(plan.seed, number, first + batch, opened.batch_size, len(samples))
-        taken = samples.pick(indices)
+        size = len(samples) if own is None else len(own)
+        indices = batch_indices(plan.seed, number, first + batch, opened.batch_size, size)
+        taken = samples.pick(indices if own is None else own[indices])
         x = to_inputs(taken.x)
         return lambda: forward.loss(x, taken.y, head=plan.exact > 0)
 
