@@ -165,9 +165,7 @@ def test_an_estimate_with_private_head_moves_leaves_every_bit():
         here = replica()
         before = here.digest()
         gradient = lambda size=size: np.full(66, size, np.float32)  # noqa: E731
-        made = estimate(
-            here, plan(steps=3), lambda batch: lambda: 1.0, central=True, head_gradient=gradient
-        )
+        made = estimate(here, plan(steps=3), lambda batch: lambda: 1.0, central=True, head_gradient=gradient)
         assert made.scalars.shape == (3, 24)
         assert here.digest() == before
 
