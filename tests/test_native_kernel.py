@@ -1,5 +1,7 @@
 """The compiled kernel has numpy's bits on every path, at odd sizes, borders and thread counts."""
 
+import itertools
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +19,9 @@ from edge_agent.replay import Replica, apply_record
 from edge_agent.wire import RoundPlan, RoundRecord
 from profiles.errors import ConfigError
 
-PATHS = ["scalar", "sse2", "avx2", "avx512", "neon"]
+PATHS = ["scalar", "neon", "dotprod"]
+if platform.machine().lower() in ("x86_64", "amd64"):
+    PATHS = ["scalar", "sse2", "avx2", "avx512", "avx512vnni"]
 SIZES = [16, 112, 128, 144, 8192, 8208, 70_000]
 
 
@@ -55,9 +59,7 @@ def _numpy(monkeypatch: pytest.MonkeyPatch) -> None:
 def borders(size: int) -> list[Segment]:
     """Return segments of different grids whose borders lie on multiples of 16, not of chunks."""
     cuts = sorted({0, size} | {cut for cut in (16, 48, 160, 8208, 20_000) if cut < size})
-    return [
-        Segment(a, b, 2 + 3 * (number % 3)) for number, (a, b) in enumerate(zip(cuts, cuts[1:], strict=False))
-    ]
+    return [Segment(a, b, 2 + 3 * (number % 3)) for number, (a, b) in enumerate(itertools.pairwise(cuts))]
 
 
 def random_weights(size: int, segments: list[Segment]) -> NDArray[np.float32]:

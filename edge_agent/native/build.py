@@ -22,21 +22,21 @@ _FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-fvisibility=hidden")
 # Bits are the same everywhere only if nothing is fused; that no error is noticed lets loops vectorise.
 _EXACT = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 _WARNINGS = ("-Wall", "-Wextra", "-Wno-missing-braces", "-Wno-unknown-pragmas", "-Wno-psabi")
-_SCALAR = ("scalar", 1, ("-fno-tree-vectorize", "-fno-tree-slp-vectorize"))
-_PATHS: dict[str, tuple[tuple[str, int, tuple[str, ...]], ...]] = {
+_AVX512 = (*(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")), "-mprefer-vector-width=512")
+
+# Name of a path, numbers in a vector, whether it multiplies bytes, flags; the best path comes last.
+_SCALAR = ("scalar", 1, 0, ("-fno-tree-vectorize", "-fno-tree-slp-vectorize"))
+_PATHS: dict[str, tuple[tuple[str, int, int, tuple[str, ...]], ...]] = {
     "x86_64": (
         _SCALAR,
-        ("sse2", 4, ("-msse2",)),
-        ("avx2", 8, ("-mavx2",)),
-        (
-            "avx512",
-            16,
-            (*(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")), "-mprefer-vector-width=512"),
-        ),
+        ("sse2", 4, 0, ("-msse2",)),
+        ("avx2", 8, 0, ("-mavx2",)),
+        ("avx512", 16, 0, _AVX512),
+        ("avx512vnni", 16, 1, (*_AVX512, "-mavx512vnni", "-mavx512vbmi")),
     ),
-    "aarch64": (_SCALAR, ("neon", 4, ())),
+    "aarch64": (_SCALAR, ("neon", 4, 0, ()), ("dotprod", 4, 1, ("-mcpu=generic+dotprod",))),
 }
-_ELSEWHERE = (_SCALAR, ("vector4", 4, ()))
+_ELSEWHERE = (_SCALAR, ("vector4", 4, 0, ()))
 _ALIASES = {"amd64": "x86_64", "arm64": "aarch64"}
 
 
@@ -61,9 +61,9 @@ def build(target: Path, *, compiler: Sequence[str] = (), machine: str = "") -> N
     machine = (machine or platform.machine()).lower()
     with tempfile.TemporaryDirectory() as folder:
         objects = []
-        for name, lanes, flags in _PATHS.get(_ALIASES.get(machine, machine), _ELSEWHERE):
+        for name, lanes, dot, flags in _PATHS.get(_ALIASES.get(machine, machine), _ELSEWHERE):
             objects.append(f"{folder}/{name}.o")
-            defines = (f"-DPATH={name}", f"-DLANES={lanes}")
+            defines = (f"-DPATH={name}", f"-DLANES={lanes}", f"-DDOT={dot}")
             _run([*command, *flags, *defines, "-c", str(SOURCES / "path.c"), "-o", objects[-1]])
         objects.append(f"{folder}/kernel.o")
         _run([*command, "-c", str(SOURCES / "kernel.c"), "-o", objects[-1]])

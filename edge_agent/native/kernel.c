@@ -9,11 +9,16 @@
 
 extern const struct path path_scalar;
 #if defined(__x86_64__)
-extern const struct path path_sse2, path_avx2, path_avx512;
-static const struct path *const PATHS[] = {&path_scalar, &path_sse2, &path_avx2, &path_avx512};
+extern const struct path path_sse2, path_avx2, path_avx512, path_avx512vnni;
+static const struct path *const PATHS[] = {&path_scalar, &path_sse2, &path_avx2, &path_avx512, &path_avx512vnni};
 #elif defined(__aarch64__)
 extern const struct path path_neon;
+#if defined(__linux__) || defined(__APPLE__)
+extern const struct path path_dotprod;
+static const struct path *const PATHS[] = {&path_scalar, &path_neon, &path_dotprod};
+#else
 static const struct path *const PATHS[] = {&path_scalar, &path_neon};
+#endif
 #else
 extern const struct path path_vector4;
 static const struct path *const PATHS[] = {&path_scalar, &path_vector4};

@@ -99,29 +99,4 @@ INLINE vi signed_value(vu word, int plane) { return (vi)(word << (28 - 4 * plane
 
 #endif
 
-/* value * whole, for |whole| < 2**15; made once per perturbation by `weighing`. */
-#if HAS_TABLES
-typedef table weight;
-INLINE weight weighing(int32_t whole)
-{
-    table t;
-    for (int i = 0; i < LANES; i++)
-        t[i] = outcome(i) * whole;
-    return t;
-}
-INLINE vi weighed(weight w, vu word, int plane) { return look_up(w, word, plane); }
-#elif LANES == 4 && defined(__x86_64__)
-typedef int32_t weight;
-INLINE weight weighing(int32_t whole) { return (int32_t)(uint16_t)whole; }
-INLINE vi weighed(weight w, vu word, int plane)
-{
-    /* SSE2 has no product of 32-bit lanes: the upper half of the value meets a zero. */
-    return (vi)_mm_madd_epi16((__m128i)signed_value(word, plane), _mm_set1_epi32(w));
-}
-#else
-typedef int32_t weight;
-INLINE weight weighing(int32_t whole) { return whole; }
-INLINE vi weighed(weight w, vu word, int plane) { return signed_value(word, plane) * w; }
-#endif
-
 #endif

@@ -3,6 +3,7 @@
 #define SCALARFED_UPDATE_H
 
 #include "sweep.h"
+#include "weigh.h"
 
 #define ROUNDING_KEY (1ull << 32) /* in place of a perturbation's number */
 #define LARGEST_DESCENT 1e15f
@@ -12,10 +13,12 @@ static const uint32_t MULTIPLIERS[PLANES] = {
     0x9E3779B1u, 0x85EBCA77u, 0xC2B2AE3Du, 0x27D4EB2Fu, 0x165667B1u, 0xD3A2646Du, 0xFD7046C5u, 0xB55A4F09u,
 };
 
+enum { AHEAD = 2 * CHUNK }; /* elements; the sums take long enough for memory to bring the next chunks near */
+
 struct update_state {
     const struct update_job *job;
-    const struct keys *keys; /* per step: the perturbations', then the rounding key */
-    const weight *weights;   /* per step: the perturbations' */
+    const struct keys *keys;  /* per step: the perturbations', then the rounding key */
+    const factor *factors;    /* per step: `factors_of` its perturbations */
 };
 
 /* A random number in [-1/2, 1/2) from the upper 23 bits. */
@@ -35,27 +38,21 @@ INLINE void update_chunk(float *weights, uint16_t *curvature, uint32_t first_wor
     const struct update_job *job = state->job;
     const int64_t count = job->perturbations;
     const float limit = job->largest_weight * step, unit = job->direction * step;
+    for (int i = 0; i < CHUNK; i += 16)
+        __builtin_prefetch(weights + AHEAD + i, 1);
     for (int lane = 0; lane < CHUNK_WORDS; lane += LANES) {
         const vu lanes = lanes_from(first_word + (uint32_t)lane);
         const uint32_t *low = state->keys->low, *high = state->keys->high;
-        const weight *weight_of = state->weights;
-        for (int64_t k = 0; k < job->steps; k++, low += count + 1, high += count + 1, weight_of += count) {
-            vi sum[PLANES] = {0};
-            vu word = prepare(hash(lanes, low[0], high[0]));
-            for (int64_t p = 0; p < count - 1; p++) {
-                /* The next word is hashed while this one is looked up: the two do not wait for each other. */
-                vu next = prepare(hash(lanes, low[p + 1], high[p + 1]));
-#pragma GCC unroll 8
-                for (int plane = 0; plane < PLANES; plane++)
-                    sum[plane] += weighed(weight_of[p], word, plane);
-                word = next;
-            }
+        const factor *factors = state->factors;
+        for (int64_t k = 0; k < job->steps; k++) {
+            vi sum[PLANES];
+            weigh(sum, lanes, low, high, factors, count);
             vu random = hash(lanes, low[count], high[count]);
             const float amount = job->amounts[k] * (1.0f / step);
             const int learn = job->learn && k == job->steps - 1;
 #pragma GCC unroll 8
             for (int plane = 0; plane < PLANES; plane++) {
-                vf total = to_float(sum[plane] + weighed(weight_of[count - 1], word, plane));
+                vf total = to_float(sum[plane]);
                 vu own = random * MULTIPLIERS[plane];
                 float *w = weights + 16 * plane + lane;
                 vf steps = total * amount;
@@ -70,6 +67,9 @@ INLINE void update_chunk(float *weights, uint16_t *curvature, uint32_t first_wor
                 steps = nearest(clamp(steps, job->largest_move) + dither(own));
                 store(w, clamp(load(w) - steps * unit, limit));
             }
+            low += count + 1;
+            high += count + 1;
+            factors += factors_for(count);
         }
     }
 }
@@ -89,25 +89,24 @@ static int update(const struct update_job *job)
 {
     const int64_t count = job->perturbations;
     struct keys keys;
-    weight *weights;
     if (open_keys(&keys, job->steps * (count + 1)))
         return -1;
-    void *room = malloc((size_t)(job->steps * count) * sizeof(weight) + 64);
+    void *room = malloc((size_t)(job->steps * factors_for(count)) * sizeof(factor) + 64);
     if (!room) {
         free(keys.states);
         return -1;
     }
-    weights = (weight *)(((uintptr_t)room + 63) & ~(uintptr_t)63);
+    factor *factors = (factor *)(((uintptr_t)room + 63) & ~(uintptr_t)63);
     for (int64_t k = 0; k < job->steps; k++) {
         const uint64_t *fields = job->keys + 4 * count * k;
-        uint64_t rounding[4] = {fields[0], fields[1], fields[2], ROUNDING_KEY};
-        for (int64_t p = 0; p < count; p++) {
-            keys.states[k * (count + 1) + p] = key_state(fields + 4 * p);
-            weights[k * count + p] = weighing(job->wholes[k * count + p]);
-        }
-        keys.states[k * (count + 1) + count] = key_state(rounding);
+        const uint64_t rounding[4] = {fields[0], fields[1], fields[2], ROUNDING_KEY};
+        uint64_t *states = keys.states + k * (count + 1);
+        for (int64_t p = 0; p < count; p++)
+            states[p] = key_state(fields + 4 * p);
+        states[count] = key_state(rounding);
+        make_factors(factors + k * factors_for(count), job->wholes + k * count, count);
     }
-    struct update_state state = {job, &keys, weights};
+    struct update_state state = {job, &keys, factors};
     if (job->span.curvature)
         sweep(&job->span, &keys, update_curved, &state);
     else
