@@ -125,7 +125,7 @@ def test_no_perturbation_moves_the_last_layer():
         moved.append(here.weights - before)
         return float(slope @ (here.weights.astype(np.float64) - before))
 
-    gradient = lambda: np.zeros(66, np.float32)  # noqa: E731
+    gradient = lambda: np.zeros(66, np.float32)
     made = estimate(here, plan(), lambda batch: loss, central=True, head_gradient=gradient)
     inside = np.concatenate([np.arange(*span) for span in HEAD])
 
@@ -164,7 +164,7 @@ def test_an_estimate_with_private_head_moves_leaves_every_bit():
     for size in (1e-3, 1e6):
         here = replica()
         before = here.digest()
-        gradient = lambda size=size: np.full(66, size, np.float32)  # noqa: E731
+        gradient = lambda size=size: np.full(66, size, np.float32)
         made = estimate(here, plan(steps=3), lambda batch: lambda: 1.0, central=True, head_gradient=gradient)
         assert made.scalars.shape == (3, 24)
         assert here.digest() == before
@@ -216,7 +216,7 @@ def test_a_gradient_that_is_not_finite_is_refused():
     """Not a number among the exact scalars is an error of the estimate, and is undone."""
     here = replica()
     before = here.digest()
-    gradient = lambda: np.full(66, np.nan, np.float32)  # noqa: E731
+    gradient = lambda: np.full(66, np.nan, np.float32)
     with pytest.raises(EstimateError, match="exact scalar"):
         estimate(here, plan(), lambda batch: lambda: 0.0, central=True, head_gradient=gradient)
     assert here.digest() == before
