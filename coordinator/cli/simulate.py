@@ -45,8 +45,8 @@ def simulate(
 ) -> None:
     """Run an experiment in this process, with the protocol and the bits of a real fleet.
 
-    All agents share one copy of the weights and differ in their samples alone. The run folder holds the bundle
-    and the scalar log, so that `scalarfed replay` and `scalarfed log` work on it.
+    All agents share one copy of the weights and differ in their samples alone. The run folder holds the
+    bundle and the scalar log, so that `scalarfed replay` and `scalarfed log` work on it.
     """
     from coordinator.cli.testbed import observing
     from coordinator.config import load_experiment
