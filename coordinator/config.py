@@ -83,8 +83,8 @@ def dump(experiment: Experiment) -> str:
     for name in _SECTIONS:
         table[name] = _plain(getattr(experiment, name))
     table["method"] |= table["method"].pop("constants")
-    table["devices"] = [_plain(device) for device in experiment.devices]
-    return tomli_w.dumps(table)
+    devices = [f"\n[[devices]]\n{tomli_w.dumps(_plain(device))}" for device in experiment.devices]
+    return tomli_w.dumps(table) + "".join(devices)
 
 
 def _read(path: Path) -> dict[str, Any]:

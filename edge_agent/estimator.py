@@ -108,6 +108,7 @@ def _measure(
             terms,
             epsilon=plan.epsilon,
             curvature=replica.curvature_for(plan),
+            threads=replica.threads,
         )
 
     def evaluate() -> float:
@@ -162,6 +163,7 @@ def _move(
         limit=RESERVE_STEPS // plan.steps,
         direction=direction,
         curvature=replica.curvature_for(plan),
+        threads=replica.threads,
     )
 
 

@@ -9,7 +9,9 @@ for bit, with no second copy. A *segment* is a run of the flat weight vector wit
 The quarter in between is room for what is added and taken away within a round: a perturbation of at
 most 1/8 limit and the private moves of all local steps together of at most 1/8 limit.
 
-Every operation is elementwise and in a fixed order: integers, then float32 + - * / and sqrt.
+Every operation is elementwise and in a fixed order: integers, then float32 + - * and division by
+powers of two. What numpy computes here defines the bits; the compiled kernel, where there is one,
+gives the same.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_agent.native.kernel import find_kernel
 from edge_agent.noise import CHUNK, NoiseKey, chunk_words, values
 
 __all__ = [
@@ -46,6 +49,7 @@ RESERVE_STEPS = 1 << 21
 WEIGHT_STEPS = 3 << 22
 """Grid steps beyond which an update does not move a weight: 3/4 of 2**24."""
 
+_NO_LIMIT = 1 << 26  # in grid steps: no weight comes near
 _LARGEST_WHOLE = 127 * 128
 _ROUNDING = 1 << 32
 _MULTIPLIERS = np.array(
@@ -154,6 +158,7 @@ def perturb(
     *,
     epsilon: float,
     curvature: NDArray[np.uint16] | None = None,
+    threads: int = 1,
 ) -> None:
     """Add ``sum_t times_t * epsilon * z_t`` to the weights, in place and exactly undoable.
 
@@ -167,7 +172,21 @@ def perturb(
         terms: What to add; the absolute ``times`` add up to at most 4.
         epsilon: Step of the finite difference, > 0.
         curvature: bfloat16 bits, shape of ``weights``; None for h = 1.
+        threads: Threads of the compiled kernel.
     """
+    if not terms:
+        return
+    if (kernel := find_kernel()) is not None:
+        kernel.perturb(
+            weights,
+            segments,
+            [term.key for term in terms],
+            [term.times for term in terms],
+            epsilon=float(finite(epsilon)),
+            curvature=curvature,
+            threads=threads,
+        )
+        return
     amount = finite(epsilon)
     limit = np.float32(RESERVE_STEPS)
     for start, stop, exponent in chunks(segments):
@@ -249,6 +268,7 @@ def move(
     limit: int,
     direction: int,
     curvature: NDArray[np.uint16] | None = None,
+    threads: int = 1,
 ) -> None:
     """Make a private step ``w -= rate / P * sum_p g_p z_p`` that the same call takes back exactly.
 
@@ -261,9 +281,24 @@ def move(
         limit: Grid steps that one move may displace a weight; ``RESERVE_STEPS // K`` for K local steps.
         direction: +1 makes the move, -1 takes it back.
         curvature: As in :func:`perturb`.
+        threads: Threads of the compiled kernel.
     """
     wholes, unit = whole_scalars(scalars)
     amount = finite(rate * unit / len(keys))
+    if (kernel := find_kernel()) is not None:
+        kernel.update(
+            weights,
+            segments,
+            [keys],
+            wholes[None],
+            [amount],
+            largest_move=limit,
+            largest_weight=_NO_LIMIT,
+            direction=direction,
+            curvature=curvature,
+            threads=threads,
+        )
+        return
     for start, stop, exponent in chunks(segments):
         scale = step_scale(exponent)
         steps = weighted_noise(keys, wholes, start, stop - start)

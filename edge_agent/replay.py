@@ -26,6 +26,7 @@ from edge_agent.grid import (
     weighted_noise,
     whole_scalars,
 )
+from edge_agent.native.kernel import Learning, find_kernel
 from edge_agent.noise import NOISE_VERSION
 from edge_agent.optimizer import Normaliser, method_by_code
 from edge_agent.wire import RoundPlan, RoundRecord
@@ -49,6 +50,7 @@ class Replica:
         round: Records applied so far, which is also the round that comes next.
         curvature: bfloat16 bits per weight, or None while no method asked for it.
         normaliser: Running mean square of the scalars.
+        threads: Threads that work on it, where there is a compiled kernel; no bit depends on them.
     """
 
     weights: NDArray[np.float32]
@@ -56,12 +58,15 @@ class Replica:
     round: int = 0
     curvature: NDArray[np.uint16] | None = None
     normaliser: Normaliser = field(default_factory=Normaliser)
+    threads: int = 1
 
     def digest(self) -> int:
         """Return 64 bits of all that the next rounds depend on."""
-        curvature = 0 if self.curvature is None else fold(self.curvature.view(np.uint32))
+        curvature = 0
+        if self.curvature is not None:
+            curvature = fold(self.curvature.view(np.uint32), threads=self.threads)
         scalars = of_floats(self.normaliser.mean_square, self.normaliser.weight)
-        return join(fold(self.weights.view(np.uint32)), curvature, scalars)
+        return join(fold(self.weights.view(np.uint32), threads=self.threads), curvature, scalars)
 
     def curvature_for(self, plan: RoundPlan) -> NDArray[np.uint16] | None:
         """Return the curvature that the plan's method divides by; None stands for h = 1."""
@@ -125,15 +130,35 @@ def _update(replica: Replica, record: RoundRecord) -> None:
     curvature = replica.curvature_for(plan)
     parts = [whole_scalars(step) for step in record.scalars]
     amounts = [finite(rate * unit / plan.perturbations) for _, unit in parts]
+    learning = Learning(
+        float(finite(parts[-1][1] / plan.perturbations)),
+        constants.get("nu", 0.0),
+        max(constants.get("floor", 0.0), _SMALLEST_CURVATURE),
+    )
+    keys = [plan.keys(step) for step in range(plan.steps)]
+    if (kernel := find_kernel()) is not None:
+        kernel.update(
+            replica.weights,
+            replica.segments,
+            keys,
+            np.stack([wholes for wholes, _ in parts]),
+            amounts,
+            largest_move=RESERVE_STEPS,
+            largest_weight=WEIGHT_STEPS,
+            direction=1,
+            curvature=curvature,
+            learning=None if curvature is None else learning,
+            threads=replica.threads,
+        )
+        return
     for start, stop, exponent in chunks(replica.segments):
         scale = step_scale(exponent)
         limit = np.float32(WEIGHT_STEPS) / scale
         weights = replica.weights[start:stop]
         root = None if curvature is None else inverse_root(curvature[start:stop])
         for step, (wholes, _) in enumerate(parts):
-            keys = plan.keys(step)
-            total = weighted_noise(keys, wholes, start, stop - start)
-            words = rounding_words(keys[0], start, stop - start)
+            total = weighted_noise(keys[step], wholes, start, stop - start)
+            words = rounding_words(keys[step][0], start, stop - start)
             steps = total * (amounts[step] * scale)
             if root is not None:
                 steps *= root
@@ -142,28 +167,25 @@ def _update(replica: Replica, record: RoundRecord) -> None:
             weights -= steps
             np.clip(weights, -limit, limit, out=weights)
         if curvature is not None and root is not None:
-            total *= finite(parts[-1][1] / plan.perturbations)
+            total *= np.float32(learning.descent)
             total *= root
-            curvature[start:stop] = _learn(
-                curvature[start:stop], total, words, constants["nu"], constants["floor"]
-            )
+            curvature[start:stop] = _learn(curvature[start:stop], total, words, learning)
 
 
 def _learn(
     curvature: NDArray[np.uint16],
     descent: NDArray[np.float32],
     words: NDArray[np.uint32],
-    nu: float,
-    floor: float,
+    learning: Learning,
 ) -> NDArray[np.uint16]:
     """Return the curvature after a round, in bfloat16 rounded up or down by the lower 16 random bits.
 
     Nearest rounding would never move h once nu times its change is under 0.4 %.
     """
-    h = bf16_to_float(curvature) * np.float32(1.0 - nu)
+    h = bf16_to_float(curvature) * np.float32(1.0 - learning.nu)
     np.clip(descent, -_LARGEST_DESCENT, _LARGEST_DESCENT, out=descent)
     descent *= descent
-    descent *= np.float32(nu)
+    descent *= np.float32(learning.nu)
     h += descent
-    np.clip(h, np.float32(max(floor, _SMALLEST_CURVATURE)), _LARGEST_CURVATURE, out=h)
+    np.clip(h, np.float32(learning.floor), _LARGEST_CURVATURE, out=h)
     return ((h.view(np.uint32) + (words & np.uint32(0xFFFF))) >> np.uint32(16)).astype(np.uint16)

@@ -382,6 +382,22 @@ def test_unknown_profile_is_named_with_the_nearest(capsys):
     assert "pi-zero-2w" in capsys.readouterr().err
 
 
+def test_measured_profile_can_be_imported(tmp_path, monkeypatch, capsys):
+    """What measure writes is a sound profile, whose speed was measured here."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setenv("APPDATA", str(tmp_path / "config"))
+    path = tmp_path / "my-laptop.toml"
+
+    assert main(["profile", "measure", "--seconds", "0.2", "--out", str(path), "--json"]) == 0
+    measured = json.loads(capsys.readouterr().out)
+    assert main(["profile", "import", str(path)]) == 0
+    capsys.readouterr()
+    assert main(["profile", "show", "my-laptop", "--json"]) == 0
+
+    figure = json.loads(capsys.readouterr().out)["fp32_gflops"]
+    assert (figure["value"], figure["kind"]) == (measured["fp32_gflops"], "measured")
+
+
 def test_own_profile_can_be_imported(tmp_path, monkeypatch, capsys):
     """A profile of one's own is known by its name afterwards."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))

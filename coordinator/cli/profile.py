@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["app", "import_", "list_profiles", "show"]
+__all__ = ["app", "import_", "list_profiles", "measure", "show"]
 
 app = typer.Typer(no_args_is_help=True, help="What is known of the boards: memory, speed, system.")
 
@@ -42,6 +42,50 @@ def show(
 
     profile = load_profile(name)
     typer.echo(json.dumps(dataclasses.asdict(profile)) if as_json else format_profile(profile).rstrip())
+
+
+@app.command(epilog="Example: scalarfed profile measure --out my-board.toml")
+def measure(
+    seconds: Annotated[float, typer.Option(min=0.1, max=600, help="How long to measure.")] = 5.0,
+    like: Annotated[
+        str | None,
+        typer.Option(metavar="PROFILE", help="Take what is not measured from this one.", show_default=False),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="NAME.toml", help="Write the profile there, ready for import.", show_default=False
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the measured figures as one object.")
+    ] = False,
+) -> None:
+    """Measure GFLOP/s, bandwidth, RAM and temperature of this machine, and print its profile."""
+    from datetime import date
+
+    from profiles.device import format_profile, load_profile
+    from profiles.selftest import measure as measure_machine
+    from profiles.selftest import profile_of_this_machine, with_measurements
+
+    known = load_profile(like) if like else None
+    typer.echo(f"measuring for {seconds:g} s; leave the machine alone meanwhile", err=True)
+    measured = measure_machine(seconds=seconds)
+    today = date.today().isoformat()
+    name = out.stem if out else "this-machine"
+    profile = (
+        with_measurements(known, measured, date=today)
+        if known
+        else profile_of_this_machine(measured, name=name, date=today)
+    )
+    if out is not None:
+        out.write_text(format_profile(profile), encoding="utf-8")
+    if as_json:
+        typer.echo(json.dumps(measured))
+    elif out is None:
+        typer.echo(format_profile(profile).rstrip())
+    else:
+        typer.echo(f"{out}: now `scalarfed profile import {out}`")
 
 
 @app.command(name="import", epilog="Example: scalarfed profile import my-board.toml")

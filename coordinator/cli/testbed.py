@@ -61,14 +61,14 @@ def run(
     overrides = [*(settings or []), *([f'broker.url="{broker}"'] if broker else [])]
     chosen = load_experiment(experiment, overrides)
     folder = out or Path("runs") / chosen.name
-    with _observer(silent=as_json) as observer, _stopping_in_order():
-        from coordinator.testbed import run_testbed
+    try:
+        with _observer(silent=as_json) as observer, _stopping_in_order():
+            from coordinator.testbed import run_testbed
 
-        try:
             summary = run_testbed(chosen, out=folder.resolve(), resume=resume, observer=observer)
-        except KeyboardInterrupt:
-            _tell_how_to_go_on(folder)
-            raise typer.Exit(130) from None
+    except KeyboardInterrupt:
+        _tell_how_to_go_on(folder)
+        raise typer.Exit(130) from None
     if as_json:
         typer.echo(json.dumps(summary))
     else:
