@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
+from coordinator.aggregation import RULES
 from coordinator.schema import Choice, CountOrAll, Number, Text, Whole, Wholes
 from edge_agent.optimizer import METHODS
 
@@ -127,12 +128,17 @@ class Fleet:
         quorum: Answers that close it at its deadline; ``all`` means the whole cohort.
         deadline_s: Seconds until a round closes or is extended.
         resend_s: Seconds after which an unanswered round message is sent again.
+        aggregation: How the agents' scalars become one: ``mean`` trusts all, ``median``, ``trimmed`` (mean
+            without the smallest and largest) and ``krum`` bear some liars.
+        liars: The share of the agents that may lie; the mean does not look at it.
     """
 
     cohort: Annotated[int | Literal["all"], CountOrAll()] = "all"
     quorum: Annotated[int | Literal["all"], CountOrAll()] = "all"
     deadline_s: Annotated[float, Number(above=0, most=86400)] = 60.0
     resend_s: Annotated[float, Number(above=0, most=86400)] = 2.0
+    aggregation: Annotated[str, Choice(tuple(RULES))] = "mean"
+    liars: Annotated[float, Number(least=0, most=0.49, remedy="0.2 bears one liar among five.")] = 0.2
 
 
 @dataclass(frozen=True)

@@ -42,10 +42,10 @@ __all__ = [
     "Evaluator",
     "evaluate",
     "make_bundle",
-    "make_rounds",
     "plan_of",
     "prepare",
     "read_samples",
+    "rounds_of",
     "run_testbed",
 ]
 
@@ -253,7 +253,7 @@ def plan_of(experiment: Experiment, bundle: Bundle, round_: int) -> RoundPlan:
     )
 
 
-def make_rounds(
+def rounds_of(
     experiment: Experiment,
     bundle: Bundle,
     replica: Replica,
@@ -284,6 +284,8 @@ def make_rounds(
         deadline_s=experiment.fleet.deadline_s,
         resend_s=experiment.fleet.resend_s,
         seed=experiment.seed,
+        rule=experiment.fleet.aggregation,
+        liars=experiment.fleet.liars,
     )
 
 
@@ -338,7 +340,7 @@ def _train(
     replica = rebuild(bundle, log)
     judge = Evaluator(bundle, replica, test)
     log.add_event("coordinator started", "", f"epoch {epoch}, round {replica.round}")
-    rounds = make_rounds(
+    rounds = rounds_of(
         experiment, bundle, replica, epoch=epoch, recent=list(log.records(max(0, replica.round - 4)))
     )
     accuracy: float | None = None
@@ -366,7 +368,8 @@ def _train(
 
         def on_idle() -> None:
             supervisor.watch()
-            if not broker.alive():
+            # A broker that is not ours comes back by itself or by whoever runs it; the link waits for it.
+            if broker.pid is not None and not broker.alive():
                 log.add_event("broker ended", "", f"starting {broker.kind} again")
                 broker.restart()
 

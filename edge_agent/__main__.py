@@ -104,8 +104,11 @@ class _Process:
             self.enforcement = enforce(options.memory_mib)
         self.state_path: Path | None = None
         if options.state is not None:
-            options.state.mkdir(parents=True, exist_ok=True)
-            self.state_path = options.state / "replica.state"
+            try:
+                options.state.mkdir(parents=True, exist_ok=True)
+                self.state_path = options.state / "replica.state"
+            except OSError as error:
+                _LOG.warning("%s cannot be used: %s; going on without", options.state, error)
         self.agent = Agent(
             name=options.name,
             bundle_identity=self.bundle.identity,
@@ -120,6 +123,7 @@ class _Process:
         self.saved_at = time.monotonic()
         self.status_at = 0.0
         self.state = "starting"
+        self.text = ""
 
     def run(self) -> int:
         """Serve until SIGTERM or SIGINT."""
@@ -176,7 +180,7 @@ class _Process:
     def _on_control(self, link: Link, payload: bytes, now: float) -> list[Reply | SliceRequest | Report]:
         try:
             control: dict[str, Any] = json.loads(payload)
-        except ValueError:
+        except (ValueError, RecursionError):
             control = {}
         outgoing = self.agent.on_control(control, now)
         if self.agent.shards:
@@ -193,7 +197,7 @@ class _Process:
         else:
             if message.text:
                 _LOG.warning("%s: %s", message.state, message.text)
-            self.state = message.state
+            self.state, self.text = message.state, message.text
             self._publish_status(link)
 
     def _estimate(self, replica: Replica, opened: RoundOpen, number: int) -> Estimate:
@@ -239,6 +243,7 @@ class _Process:
         status = {
             "name": self.options.name,
             "state": self.state,
+            "text": self.text[:200],
             "version": _version(),
             "profile": self.options.profile,
             "pid": os.getpid(),

@@ -9,6 +9,7 @@ program computes with is what a record says.
 """
 
 import struct
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -22,6 +23,7 @@ from profiles.errors import WireError
 __all__ = [
     "LARGEST_SCALAR",
     "MAX_MESSAGE",
+    "MAX_SCALARS",
     "WIRE_VERSION",
     "Cohort",
     "Reply",
@@ -40,6 +42,9 @@ WIRE_VERSION = 1
 
 MAX_MESSAGE = 1 << 20
 """No message is longer; whatever is, is refused before it is looked at."""
+
+MAX_SCALARS = 0xFFFF
+"""No round asks for more: a reply counts its scalars with 16 bits."""
 
 LARGEST_SCALAR = 1e9
 """A projected gradient or loss beyond this is no estimate of anything."""
@@ -243,6 +248,7 @@ def encode(message: RoundOpen | Reply | Slice | SliceRequest) -> bytes:
         )
         return head + cohort + _encode_plan(message.plan) + b"".join(map(encode_record, message.records))
     if isinstance(message, Reply):
+        scalars = message.scalars.astype("<f4").tobytes()
         head = _REPLY.pack(
             WIRE_VERSION,
             _KIND_REPLY,
@@ -255,7 +261,8 @@ def encode(message: RoundOpen | Reply | Slice | SliceRequest) -> bytes:
             message.peak_kib,
             message.digest,
         )
-        return head + message.scalars.astype("<f4").tobytes()
+        check = _check(head[:-8], scalars)
+        return head[:-8] + struct.pack("<Q", message.digest ^ check) + scalars
     if isinstance(message, Slice):
         head = _SLICE.pack(WIRE_VERSION, _KIND_SLICE, message.epoch, message.first, len(message.records))
         return head + b"".join(map(encode_record, message.records))
@@ -357,8 +364,10 @@ def _read_plan(reader: _Reader) -> RoundPlan:
         raise WireError(f"method {method} has {len(rule.constants)} constants, the plan {count}")
     if exact and not rule.head:
         raise WireError(f"method {method} has no exact scalars, the plan {exact}")
-    if steps < 1 or perturbations < 1:
-        raise WireError(f"a plan has at least one step and one perturbation, got {steps} and {perturbations}")
+    if not (steps and perturbations and steps * (perturbations + exact + rule.losses) <= MAX_SCALARS):
+        raise WireError(
+            f"a plan has 1 to {MAX_SCALARS} scalars, got {steps} times {perturbations} and {exact} exact ones"
+        )
     if not (0 < epsilon < np.inf and 0 <= rate < np.inf and all(np.isfinite(constants))):
         raise WireError(f"epsilon {epsilon}, learning rate {rate} or a constant {constants} is out of range")
     return RoundPlan(
@@ -422,10 +431,19 @@ def _decode_open(reader: _Reader) -> RoundOpen:
 
 def _decode_reply(reader: _Reader) -> Reply:
     _, _, epoch, round_, attempt, count, samples, loss, peak, digest = reader.unpack(_REPLY)
+    digest = int(digest) ^ _check(reader.data[: _REPLY.size - 8], reader.data[_REPLY.size :])
     scalars = _read_scalars(reader, int(count))
     if scalars.size and not abs(loss) <= LARGEST_SCALAR:
         raise WireError(f"a loss of {loss} is not finite or beyond {LARGEST_SCALAR:g}")
-    return Reply(int(epoch), int(round_), int(attempt), int(samples), loss, int(peak), int(digest), scalars)
+    return Reply(int(epoch), int(round_), int(attempt), int(samples), loss, int(peak), digest, scalars)
+
+
+def _check(head: bytes, scalars: bytes) -> int:
+    """Return what a reply's digest is XORed with: the CRC-32 of all its other bytes, twice.
+
+    A reply with a changed byte has a digest that nobody expects, and costs no byte more.
+    """
+    return zlib.crc32(scalars, zlib.crc32(head)) * 0x1_0000_0001
 
 
 def _decode_slice(reader: _Reader) -> Slice:

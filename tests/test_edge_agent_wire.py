@@ -43,7 +43,7 @@ def test_golden_bytes_of_a_reply():
     """A reply has the bytes that docs/wire.md shows."""
     assert encode(REPLY).hex() == (
         "0102" "0300" "09000000" "0100" "0200" "10000000" "0000003f" "60ea0000"
-        "efcdab8967452301" "0000803f" "000000c0"
+        "2b2dd810a3a55098" "0000803f" "000000c0"
     )  # fmt: skip
 
 
@@ -136,6 +136,26 @@ def test_a_longer_message_is_refused(message):
     """A message with a byte too many is refused."""
     with pytest.raises(WireError, match=r"follow|early"):
         decode(encode(message) + b"\0")
+
+
+def test_a_changed_bit_of_a_reply_shows_in_its_digest():
+    """Whatever single bit is flipped, the reply is refused or has another digest."""
+    data = encode(REPLY)
+    for bit in range(8 * len(data)):
+        changed = bytearray(data)
+        changed[bit // 8] ^= 1 << bit % 8
+        try:
+            found = decode(bytes(changed))
+        except WireError:
+            continue
+        assert isinstance(found, Reply)
+        assert found.digest != REPLY.digest
+
+
+def test_a_plan_for_more_scalars_than_a_reply_holds_is_refused():
+    """255 steps of 65,535 perturbations would keep a board busy for days."""
+    with pytest.raises(WireError, match="65535 scalars"):
+        decode(encode(replace(OPEN, plan=replace(OPEN.plan, steps=255, perturbations=65535))))
 
 
 def test_an_oversized_message_is_refused_unread():
