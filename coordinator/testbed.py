@@ -44,10 +44,10 @@ __all__ = [
     "Evaluator",
     "evaluate",
     "make_bundle",
-    "make_rounds",
     "plan_of",
     "prepare",
     "read_samples",
+    "rounds_of",
     "run_testbed",
 ]
 
@@ -259,7 +259,7 @@ def plan_of(experiment: Experiment, bundle: Bundle, round_: int) -> RoundPlan:
     )
 
 
-def make_rounds(
+def rounds_of(
     experiment: Experiment,
     bundle: Bundle,
     replica: Replica,
@@ -346,7 +346,7 @@ def _train(
     replica = rebuild(bundle, log)
     judge = Evaluator(bundle, replica, test)
     log.add_event("coordinator started", "", f"epoch {epoch}, round {replica.round}")
-    rounds = make_rounds(
+    rounds = rounds_of(
         experiment, bundle, replica, epoch=epoch, recent=list(log.records(max(0, replica.round - 4)))
     )
     accuracy: float | None = None
