@@ -79,7 +79,7 @@ class Forward:
         return float(loss.numpy()), int(correct.numpy())
 
     def _run(self, x: NDArray[np.float32], y: NDArray[np.int64]) -> list[ort.OrtValue]:
-        if len(y) != self._batch_size:  # outputs of the last run are kept and reused; these have another shape
+        if len(y) != self._batch_size:  # outputs are kept and reused; these have another shape
             self._binding.clear_binding_outputs()
             for name in ("loss", "correct", "logits"):
                 self._binding.bind_output(name, "cpu")
