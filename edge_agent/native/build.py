@@ -14,9 +14,13 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["SOURCES", "build", "library_name", "main"]
+__all__ = ["LIBRARY", "SOURCES", "build", "main"]
+
+LIBRARY = "libscalarfed.so"
+"""File name of the kernel, on every operating system; kernel.py looks for it."""
 
 SOURCES = Path(__file__).parent
+"""Where the sources lie, and the kernel of a checkout."""
 
 _FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-fvisibility=hidden")
 # Bits are the same everywhere only if nothing is fused; that no error is noticed lets loops vectorise.
@@ -38,11 +42,6 @@ _PATHS: dict[str, tuple[tuple[str, int, int, tuple[str, ...]], ...]] = {
 }
 _ELSEWHERE = (_SCALAR, ("vector4", 4, 0, ()))
 _ALIASES = {"amd64": "x86_64", "arm64": "aarch64"}
-
-
-def library_name() -> str:
-    """Return the file name of the kernel on this operating system."""
-    return {"win32": "scalarfed.dll", "darwin": "libscalarfed.dylib"}.get(sys.platform, "libscalarfed.so")
 
 
 def build(target: Path, *, compiler: Sequence[str] = (), machine: str = "") -> None:
@@ -68,7 +67,7 @@ def build(target: Path, *, compiler: Sequence[str] = (), machine: str = "") -> N
         objects.append(f"{folder}/kernel.o")
         _run([*command, "-c", str(SOURCES / "kernel.c"), "-o", objects[-1]])
         linked = Path(folder) / target.name
-        _run([*command, "-shared", *objects, "-o", str(linked)])
+        _run([*command, "-shared", "-s", *objects, "-o", str(linked)])
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f"{target.name}.{os.getpid()}")
         shutil.copyfile(linked, partial)
@@ -90,7 +89,7 @@ def _run(command: list[str]) -> None:
 
 def main() -> int:
     """Build the kernel beside its sources; return 0, or 1 where that fails."""
-    target = SOURCES / library_name()
+    target = SOURCES / LIBRARY
     try:
         build(target)
     except (OSError, subprocess.CalledProcessError) as error:

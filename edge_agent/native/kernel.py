@@ -20,7 +20,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.native.build import library_name
 from profiles.errors import ConfigError
 
 __all__ = ["Kernel", "Learning", "find_kernel", "kernel_name", "kernels", "load_kernels"]
@@ -266,7 +265,7 @@ def load_kernels(library: Path) -> dict[str, Kernel]:
 
 def kernels() -> dict[str, Kernel]:
     """Return the paths of the installed library, the best one last; empty where there is none."""
-    return load_kernels(Path(__file__).parent / library_name())
+    return load_kernels(Path(__file__).parent / "libscalarfed.so")
 
 
 def find_kernel() -> Kernel | None:
