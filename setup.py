@@ -5,9 +5,9 @@ A failed build is no failed install: numpy computes the same bits, only slower. 
 and there a failure counts.
 """
 
-import importlib.util
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -17,9 +17,11 @@ from setuptools.command.build_ext import build_ext
 NATIVE = Path(__file__).parent / "edge_agent" / "native"
 MACHINE = os.environ.get("SCALARFED_MACHINE", "")
 
-spec = importlib.util.spec_from_file_location("native_build", NATIVE / "build.py")
-native_build = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(native_build)
+sys.path.insert(0, str(Path(__file__).parent))
+from edge_agent.native.build import build  # noqa: E402 - it needs nothing but the standard library
+from edge_agent.native.library import library_name  # noqa: E402
+
+LIBRARY = "libscalarfed.so" if MACHINE else library_name()  # boards run Linux
 
 
 class BuildKernel(build_ext):
@@ -27,13 +29,13 @@ class BuildKernel(build_ext):
 
     def get_ext_filename(self, fullname):
         """Return the path of the library; it carries no tag of a Python."""
-        return str(Path(*fullname.split(".")[:-1], native_build.LIBRARY))
+        return str(Path(*fullname.split(".")[:-1], LIBRARY))
 
     def build_extension(self, ext):
         """Compile; go on without a kernel where that fails, unless a wheel for boards is made."""
         target = Path(self.get_ext_fullpath(ext.name))
         try:
-            native_build.build(target, machine=MACHINE)
+            build(target, machine=MACHINE)
         except (OSError, subprocess.CalledProcessError) as error:
             if MACHINE:
                 raise

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from edge_agent import digest, grid
 from edge_agent.grid import RESERVE_STEPS, Segment, Term
-from edge_agent.native.build import LIBRARY, SOURCES, build
+from edge_agent.native.build import SOURCES, build
 from edge_agent.native.kernel import Kernel, find_kernel, kernel_name, load_kernels
+from edge_agent.native.library import library_name
 from edge_agent.noise import NoiseKey
 from edge_agent.replay import Replica, apply_record
 from edge_agent.wire import RoundPlan, RoundRecord
@@ -28,7 +29,7 @@ SIZES = [16, 112, 128, 144, 8192, 8208, 70_000]
 @pytest.fixture(scope="session")
 def library() -> Path:
     """The checkout's kernel, compiled anew where a source is younger."""
-    target = SOURCES / LIBRARY
+    target = SOURCES / library_name()
     newest = max(
         source.stat().st_mtime for source in SOURCES.iterdir() if source.suffix in (".c", ".h", ".py")
     )
@@ -253,7 +254,7 @@ def test_no_library_means_numpy(tmp_path: Path):
 def test_build_names_the_compilers_complaint(tmp_path: Path):
     """A compiler that fails raises with its words, and leaves no half library behind."""
     with pytest.raises(subprocess.CalledProcessError) as caught:
-        build(tmp_path / LIBRARY, compiler=[sys.executable, "-c", "raise SystemExit('no such flag')"])
+        build(tmp_path / library_name(), compiler=[sys.executable, "-c", "raise SystemExit('no such flag')"])
 
     assert "no such flag" in caught.value.stderr
     assert not list(tmp_path.iterdir())

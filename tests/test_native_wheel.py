@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent.native.build import LIBRARY
+from edge_agent.native.library import library_name
 
 ROOT = Path(__file__).parent.parent
-MEMBER = f"edge_agent/native/{LIBRARY}"
+MEMBER = f"edge_agent/native/{library_name()}"
 
 
 def wheel(folder: Path, **environment: str) -> Path:

@@ -14,10 +14,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["LIBRARY", "SOURCES", "build", "main"]
+from edge_agent.native.library import library_name
 
-LIBRARY = "libscalarfed.so"
-"""File name of the kernel, on every operating system; kernel.py looks for it."""
+__all__ = ["SOURCES", "build", "main"]
 
 SOURCES = Path(__file__).parent
 """Where the sources lie, and the kernel of a checkout."""
@@ -89,7 +88,7 @@ def _run(command: list[str]) -> None:
 
 def main() -> int:
     """Build the kernel beside its sources; return 0, or 1 where that fails."""
-    target = SOURCES / LIBRARY
+    target = SOURCES / library_name()
     try:
         build(target)
     except (OSError, subprocess.CalledProcessError) as error:

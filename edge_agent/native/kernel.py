@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_agent.native.library import library_name
 from profiles.errors import ConfigError
 
 __all__ = ["Kernel", "Learning", "find_kernel", "kernel_name", "kernels", "load_kernels"]
@@ -265,7 +266,7 @@ def load_kernels(library: Path) -> dict[str, Kernel]:
 
 def kernels() -> dict[str, Kernel]:
     """Return the paths of the installed library, the best one last; empty where there is none."""
-    return load_kernels(Path(__file__).parent / "libscalarfed.so")
+    return load_kernels(Path(__file__).parent / library_name())
 
 
 def find_kernel() -> Kernel | None:
