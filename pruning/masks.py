@@ -8,17 +8,13 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["Masks", "densities_of", "keep_top", "ones_like", "schedule"]
+__all__ = ["Masks", "Scorer", "densities_of", "keep_top", "schedule"]
 
 Masks = dict[str, Tensor]
 """One float32 tensor of zeros and ones per prunable weight."""
 
 Scorer = Callable[[Masks, int], Mapping[str, Tensor]]
-
-
-def ones_like(weights: Mapping[str, Tensor]) -> Masks:
-    """Return masks that keep everything."""
-    return {name: torch.ones(weight.shape) for name, weight in weights.items()}
+"""Masks of the moment and step of the schedule in; a score per weight out, higher stays longer."""
 
 
 def keep_top(

@@ -7,7 +7,7 @@ Every score is the derivative of a scalar by the *mask* m that multiplies the we
 summed over a channel is the score of the channel (:func:`group_scores`).
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -238,11 +238,6 @@ def _forward(
         return output
 
     return forward
-
-
-def _draws(probe: Probe, method: str, step: int) -> Iterator[int]:
-    for draw in range(probe.draws):
-        yield derive_seed(method, probe.seed, step, draw)
 
 
 SCORES: dict[str, Score] = {"ntk": ntk_sap}
