@@ -45,6 +45,7 @@ class Probe:
         batch: Gaussian inputs per draw.
         epsilon: Standard deviation of the weights' perturbation in NTK-SAP.
         seed: Names all draws.
+        labelled: Inputs and labels, for the scores that look at data.
     """
 
     module: nn.Module
@@ -55,6 +56,7 @@ class Probe:
     batch: int = 32
     epsilon: float = 0.01
     seed: int = 0
+    labelled: tuple[Tensor, Tensor] | None = None
 
     def masks(self) -> Masks:
         """Return masks that keep everything."""
@@ -75,6 +77,7 @@ def make_probe(
     batch: int = 32,
     epsilon: float = 0.01,
     seed: int = 0,
+    labelled: tuple[Tensor, Tensor] | None = None,
 ) -> Probe:
     """Return a probe of all weights of linear layers and convolutions.
 
@@ -86,6 +89,7 @@ def make_probe(
         batch: Inputs per draw, at least 1.
         epsilon: See :class:`Probe`.
         seed: See :class:`Probe`.
+        labelled: See :class:`Probe`; as the net takes them, hence standardised where ``module`` is not.
 
     Raises:
         ModelError: The net holds nothing that could be pruned.
@@ -107,7 +111,7 @@ def make_probe(
             hint="Give a net with at least one linear layer or convolution before its output.",
         )
     kept = tuple(name for name in weights if name == last)
-    return Probe(module, prunable, kept, tuple(sample_shape), draws, batch, epsilon, seed)
+    return Probe(module, prunable, kept, tuple(sample_shape), draws, batch, epsilon, seed, labelled)
 
 
 def output_layer(module: nn.Module, *, sample_shape: tuple[int, ...]) -> str | None:

@@ -76,8 +76,10 @@ def test_whole_budget_gives_the_dense_net():
 def test_budget_below_the_narrowest_net_is_refused():
     """The message has the budget and the minimum."""
     structure = structure_of("lenet")
-    with pytest.raises(ModelError, match="500 is below the narrowest net, which needs 692"):
-        allocate(structure, dict.fromkeys(structure.dense, 1.0), spend=structure.params, budget=500)
+    with pytest.raises(ModelError, match="500 params is below the narrowest net, which needs 692"):
+        allocate(
+            structure, dict.fromkeys(structure.dense, 1.0), spend=structure.params, budget=500, unit="params"
+        )
 
 
 @pytest.mark.parametrize("method", ["ntk", "uniform"])
