@@ -278,6 +278,7 @@ class Rounds:
                 member.counted += 1
                 continue
             member.missed += 1
+            actions.append(Note("missed", agent, f"round {plan.round}"))
             if agent not in opened.answered:
                 member.silent += 1
                 if member.silent == _SILENT_ROUNDS:

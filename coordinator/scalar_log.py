@@ -10,11 +10,12 @@ import sqlite3
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from edge_agent.wire import Reply, RoundRecord, decode_record, encode_record
 from profiles.errors import DigestError, LogError, WireError
 
-__all__ = ["SCHEMA_VERSION", "ScalarLog"]
+__all__ = ["SCHEMA_VERSION", "FleetRow", "ScalarLog"]
 
 SCHEMA_VERSION = 1
 
@@ -31,6 +32,15 @@ CREATE TABLE events(at REAL NOT NULL, kind TEXT NOT NULL, agent TEXT NOT NULL, t
 CREATE TABLE agents(id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, profile TEXT NOT NULL,
     budget_mib REAL, predicted_mib REAL);
 """
+
+
+class FleetRow(NamedTuple):
+    """What the log holds of an agent; memory in MiB."""
+
+    name: str
+    profile: str
+    budget_mib: float | None
+    predicted_mib: float | None
 
 
 class ScalarLog:
@@ -209,9 +219,36 @@ class ScalarLog:
         with self._db:
             self._db.executemany("INSERT OR REPLACE INTO agents VALUES (?, ?, ?, ?, ?)", rows)
 
-    def agents(self) -> list[str]:
-        """Return the names of the fleet, in the order of their numbers."""
-        return [name for (name,) in self._db.execute("SELECT name FROM agents ORDER BY id")]
+    def fleet(self) -> list["FleetRow"]:
+        """Return the fleet, in the order of its numbers."""
+        query = "SELECT name, profile, budget_mib, predicted_mib FROM agents ORDER BY id"
+        return [FleetRow(*row) for row in self._db.execute(query)]
+
+    def replies_of(self, agent: str) -> int:
+        """Return how many replies of an agent came, late ones and failed ones too."""
+        return self._count("SELECT COUNT(*) FROM replies WHERE agent = ?", agent)
+
+    def count_events(self, kind: str, agent: str) -> int:
+        """Return how often something happened to an agent."""
+        return self._count("SELECT COUNT(*) FROM events WHERE kind = ? AND agent = ?", kind, agent)
+
+    def skipped(self) -> int:
+        """Return how many rounds found no quorum."""
+        return self._count("SELECT COUNT(*) FROM records WHERE kind = 'skipped'")
+
+    def seconds_per_round(self) -> float | None:
+        """Return the mean time from a round's first announcement to its record, None without rounds."""
+        row = self._db.execute("SELECT AVG(closed_at - opened_at) FROM records").fetchone()
+        return None if row[0] is None else float(row[0])
+
+    def last_evaluation(self) -> tuple[float, float] | None:
+        """Return loss and accuracy of the newest evaluation."""
+        query = "SELECT loss, accuracy FROM evaluations ORDER BY round DESC LIMIT 1"
+        row = self._db.execute(query).fetchone()
+        return None if row is None else (float(row[0]), float(row[1]))
+
+    def _count(self, query: str, *values: str) -> int:
+        return int(self._db.execute(query, values).fetchone()[0])
 
     def records(self, start: int = 0, stop: int | None = None) -> Iterator[RoundRecord]:
         """Yield the records of rounds ``start`` to ``stop`` (all that follow if None), decoded.

@@ -41,6 +41,7 @@ class Service:
 
     Attributes:
         statuses: Last status of each agent, by name.
+        traffic: Bytes that each agent process counted, and its ``rounds``, by name and process id.
         dropped: Count of messages that changed nothing, by reason, beside those of ``rounds``.
     """
 
@@ -58,6 +59,7 @@ class Service:
         on_idle: Callable[[], None] = lambda: None,
     ) -> None:
         self.statuses: dict[str, dict[str, Any]] = {}
+        self.traffic: dict[tuple[str, int], dict[str, int]] = {}
         self.dropped: Counter[str] = Counter()
         self._link = link
         self._topics = topics
@@ -102,6 +104,15 @@ class Service:
     def announce_state(self, state: str) -> None:
         """Publish the run's configuration with another state, such as "stopped"."""
         self._publish_control(state)
+
+    @property
+    def final_digest(self) -> int:
+        """Digest of the coordinator's replica."""
+        return self._rounds.replica.digest()
+
+    def bytes_seen(self) -> tuple[int, int]:
+        """Return the bytes that came from and went to the broker so far."""
+        return self._link.traffic.packet_down, self._link.traffic.packet_up
 
     def online(self) -> int:
         """Return how many agents are there."""
@@ -183,7 +194,16 @@ class Service:
             self._log.add_event(f"agent {state}", name)
         # A last will says only that the agent is gone: keep what it said before.
         self.statuses[name] = {**before, **status}
+        self._count_traffic(name, status)
         self._act(self._rounds.on_presence(number, online=state != "offline", now=now))
+
+    def _count_traffic(self, name: str, status: dict[str, Any]) -> None:
+        try:
+            counts = {key: int(value) for key, value in status["traffic"].items()}
+            self.traffic[name, int(status["pid"])] = {**counts, "rounds": int(status["estimates"])}
+        except (KeyError, TypeError, ValueError, AttributeError):
+            if status["state"] != "offline":
+                self._drop("malformed status", name)
 
     def _on_reply(self, number: int, payload: bytes, now: float) -> None:
         try:

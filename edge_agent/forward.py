@@ -27,7 +27,7 @@ def open_session(graph: Path | bytes, *, threads: int = 1) -> ort.InferenceSessi
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.enable_mem_pattern = False
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # errors arrive as exceptions
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     source = graph if isinstance(graph, bytes) else str(graph)
     try:
@@ -67,8 +67,7 @@ class Forward:
         for tensor in bundle.tensors:
             pointer = weights.ctypes.data + 4 * tensor.offset
             self._binding.bind_input(tensor.name, "cpu", 0, np.float32, tensor.shape, pointer)
-        for name in ("loss", "correct", "logits"):
-            self._binding.bind_output(name, "cpu")
+        self._batch_size = 0
 
     def loss(self, x: NDArray[np.float32], y: NDArray[np.int64]) -> float:
         """Return the mean loss of a batch: x of shape (n, *sample_shape), y of shape (n,)."""
@@ -80,6 +79,11 @@ class Forward:
         return float(loss.numpy()), int(correct.numpy())
 
     def _run(self, x: NDArray[np.float32], y: NDArray[np.int64]) -> list[ort.OrtValue]:
+        if len(y) != self._batch_size:  # outputs of the last run are kept and reused; these have another shape
+            self._binding.clear_binding_outputs()
+            for name in ("loss", "correct", "logits"):
+                self._binding.bind_output(name, "cpu")
+            self._batch_size = len(y)
         self._binding.bind_input("x", "cpu", 0, np.float32, x.shape, x.ctypes.data)
         self._binding.bind_input("y", "cpu", 0, np.int64, y.shape, y.ctypes.data)
         try:

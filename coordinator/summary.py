@@ -1,0 +1,118 @@
+"""What came out of a run, as numbers: ``summary.json``.
+
+Every figure is read from the log, the bundle, or what agents measured of themselves; nothing here is
+predicted, except what is called so.
+"""
+
+import json
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from profiles.budget import flops_per_step
+
+from coordinator.experiment import Experiment
+from coordinator.scalar_log import ScalarLog
+from coordinator.service import Service
+from edge_agent.bundle import Bundle
+
+__all__ = ["write_summary"]
+
+
+def write_summary(
+    out: Path, experiment: Experiment, bundle: Bundle, log: ScalarLog, service: Service
+) -> dict[str, Any]:
+    """Write ``summary.json`` into the run folder and return what it holds.
+
+    Args:
+        out: The run folder.
+        experiment: What was run.
+        bundle: What was trained.
+        log: All of it.
+        service: With the last status of every agent.
+    """
+    settings = experiment.method
+    final = service.final_digest
+    last_round = len(log)
+    evaluation = log.last_evaluation()
+    step_flops = {
+        which: flops_per_step(
+            forward_flops=int(
+                bundle.pruning["forward_flops_dense"] if which == "dense" else bundle.cost["forward_flops"]
+            ),
+            params=int(bundle.pruning["params_dense"] if which == "dense" else bundle.params),
+            batch_size=settings.batch_size,
+            perturbations=settings.perturbations,
+            central=settings.difference == "central",
+        )
+        for which in ("dense", "pruned")
+    }
+    statuses = service.statuses
+    agents = []
+    for row in log.fleet():
+        status = statuses.get(row.name, {})
+        agents.append(
+            {
+                "name": row.name,
+                "profile": row.profile,
+                "budget_mib": row.budget_mib,
+                "predicted_peak_mib": row.predicted_mib,
+                "peak_rss_mib": status.get("peak_rss_mib"),
+                "enforcement": status.get("enforcement"),
+                "samples": status.get("samples"),
+                "flops_spent": log.replies_of(row.name) * settings.local_steps * step_flops["pruned"],
+                "rounds_missed": log.count_events("missed", row.name),
+                "restarts": log.count_events("agent ended", row.name),
+                "digest": status.get("digest"),
+                "round": status.get("round"),
+            }
+        )
+    agree = bool(agents) and all(
+        agent["digest"] == f"{final:016x}" and agent["round"] == last_round for agent in agents
+    )
+    summary: dict[str, Any] = {
+        "name": experiment.name,
+        "method": settings.name,
+        "test_accuracy": None if evaluation is None else evaluation[1],
+        "test_loss": None if evaluation is None else evaluation[0],
+        "rounds": last_round,
+        "rounds_skipped": log.skipped(),
+        "params_dense": bundle.pruning["params_dense"],
+        "params_pruned": bundle.params,
+        "density": bundle.params / bundle.pruning["params_dense"],
+        "flops_per_step_dense": step_flops["dense"],
+        "flops_per_step_pruned": step_flops["pruned"],
+        **_traffic(service.traffic),
+        "digests_agree": agree,
+        "final_digest": f"{final:016x}",
+        "seconds_per_round": log.seconds_per_round(),
+        "broker": log.meta().get("broker", ""),
+        "messages_dropped": service.counts(),
+        "agents": agents,
+        "model": bundle.model,
+        "bundle": bundle.identity,
+        "seed": experiment.seed,
+        "machine": {
+            "system": platform.system(),
+            "processor": platform.machine(),
+            "python": platform.python_version(),
+        },
+    }
+    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    return summary
+
+
+def _traffic(traffic: Mapping[tuple[str, int], Mapping[str, int]]) -> dict[str, float]:
+    """Return bytes per agent and round, as the agents' links counted them, message by message."""
+    rounds = sum(counts["rounds"] for counts in traffic.values())
+
+    def rate(key: str) -> float:
+        return round(sum(counts[key] for counts in traffic.values()) / max(1, rounds), 1)
+
+    return {
+        "bytes_up_per_agent_round": rate("packet_up"),
+        "bytes_down_per_agent_round": rate("packet_down"),
+        "payload_bytes_up_per_agent_round": rate("payload_up"),
+        "payload_bytes_down_per_agent_round": rate("payload_down"),
+    }

@@ -1,0 +1,119 @@
+"""Keeps the agent processes of a test-bed running, as systemd does on a board.
+
+Knows commands and exit codes, not what an agent does.
+"""
+
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from coordinator.child import Child, end_orphan
+from profiles.errors import StateError
+
+__all__ = ["Supervisor", "agent_command"]
+
+_HEALTHY_S = 10.0
+_FAILURES = 5
+_SLOWEST_RESTART_S = 5.0
+
+
+def agent_command() -> list[str]:
+    """Return what starts an agent: the installed command beside this Python, else the module."""
+    beside = shutil.which("scalarfed-agent", path=str(Path(sys.executable).parent))
+    return [sys.executable, beside] if beside and os.name == "posix" else [sys.executable, "-m", "edge_agent"]
+
+
+@dataclass
+class _Slot:
+    command: Sequence[str]
+    child: Child | None = None
+    started_at: float = 0.0
+    failures: int = 0
+    restart_at: float = 0.0
+
+
+class Supervisor:
+    """Starts one process per agent, and again whenever one ends.
+
+    Args:
+        commands: Command line by agent name.
+        folder: Gets ``NAME.log`` and ``NAME.pid``.
+        on_event: Told of every restart: kind, agent, text.
+    """
+
+    def __init__(
+        self,
+        commands: Mapping[str, Sequence[str]],
+        *,
+        folder: Path,
+        on_event: Callable[[str, str, str], None],
+    ) -> None:
+        self._folder = folder
+        self._on_event = on_event
+        self._slots = {name: _Slot(command) for name, command in commands.items()}
+        # Many small processes on one machine: one thread and few heaps each, as a small board has.
+        self._env = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "OPENBLAS_NUM_THREADS": "1",
+            "MALLOC_ARENA_MAX": "1",
+        }
+
+    def start(self) -> None:
+        """End what an interrupted run left behind, then start every agent."""
+        for name, slot in self._slots.items():
+            end_orphan(self._folder / f"{name}.pid")
+            self._spawn(name, slot)
+
+    def watch(self) -> None:
+        """Start again what ended; called from the main loop.
+
+        Raises:
+            StateError: An agent ends again and again right after its start.
+        """
+        now = time.monotonic()
+        for name, slot in self._slots.items():
+            if slot.child is not None and not slot.child.alive():
+                code = slot.child.wait(0)
+                slot.failures = slot.failures + 1 if now - slot.started_at < _HEALTHY_S else 1
+                if slot.failures >= _FAILURES:
+                    raise StateError(
+                        f"agent {name} ended {_FAILURES} times right after its start, last with exit code {code}: "
+                        f"{self._last_line(name)}",
+                        hint=f"Read {self._folder / (name + '.log')}, correct the cause, then go on with --resume.",
+                    )
+                slot.child = None
+                slot.restart_at = now + min(_SLOWEST_RESTART_S, 0.2 * 2.0**slot.failures)
+                self._on_event("agent ended", name, f"exit code {code}; starting it again")
+            if slot.child is None and now >= slot.restart_at:
+                self._spawn(name, slot)
+
+    def alive(self) -> int:
+        """Return how many agents run."""
+        return sum(slot.child is not None and slot.child.alive() for slot in self._slots.values())
+
+    def stop(self) -> None:
+        """Ask all agents to end, and end those that do not."""
+        children = [slot.child for slot in self._slots.values() if slot.child is not None]
+        for child in children:
+            child.ask_to_end()
+        for child in children:
+            child.stop()
+
+    def _spawn(self, name: str, slot: _Slot) -> None:
+        slot.child = Child(
+            slot.command,
+            log=self._folder / f"{name}.log",
+            pid_file=self._folder / f"{name}.pid",
+            env=self._env,
+        )
+        slot.started_at = time.monotonic()
+
+    def _last_line(self, name: str) -> str:
+        lines = (self._folder / f"{name}.log").read_text(errors="replace").splitlines()
+        told = [line for line in lines if "hint:" not in line]
+        return told[-1] if told else "it printed nothing"

@@ -1,0 +1,374 @@
+"""The main job: prune, bundle, start a broker and a fleet of agent processes, train, look back.
+
+Everything is checked and prepared in a folder beside the run folder before anything is started; the
+run folder appears only when it is whole. What happened lies in the scalar log, so that an interrupted
+run goes on where it stopped.
+"""
+
+import contextlib
+import math
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from profiles.budget import Prediction, require_fit
+from profiles.cost import cost_of_graph
+
+from coordinator.broker import Broker, open_broker
+from coordinator.config import dump, load_experiment
+from coordinator.experiment import AgentPlan, Experiment
+from coordinator.partition import partition
+from coordinator.progress import Observer
+from coordinator.report import write_report
+from coordinator.rounds import Rounds
+from coordinator.scalar_log import ScalarLog
+from coordinator.service import Service
+from coordinator.summary import write_summary
+from coordinator.supervisor import Supervisor, agent_command
+from edge_agent.bundle import Bundle, read_bundle
+from edge_agent.data import Samples, load_samples, to_inputs
+from edge_agent.forward import Forward
+from edge_agent.link import MqttLink
+from edge_agent.optimizer import METHODS
+from edge_agent.replay import Replica, apply_record
+from edge_agent.topics import Topics
+from edge_agent.wire import RoundPlan, RoundRecord
+from profiles.errors import ConfigError, DataError, LogError
+
+__all__ = ["evaluate", "plan_of", "prepare", "rebuild", "run_testbed"]
+
+_EVALUATION_BATCH = 256
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What a run needs before its first round."""
+
+    bundle: Bundle
+    test: Samples
+    predictions: dict[str, Prediction]
+
+
+def run_testbed(experiment: Experiment, *, out: Path, resume: bool, observer: Observer) -> dict[str, Any]:
+    """Run an experiment from the pruning to the report and return the summary.
+
+    Args:
+        experiment: What to run.
+        out: The run folder: made here, or gone on with.
+        resume: Go on with the run in ``out``.
+        observer: Told of every stage and round.
+
+    Raises:
+        ScalarfedError: As the parts raise it; a fault of the experiment leaves no folder behind.
+        KeyboardInterrupt: After everything was stopped in order; the run can be resumed.
+    """
+    if resume:
+        _check_same(experiment, out)
+        observer.stage(f"going on with {out}")
+    else:
+        _refuse_existing(out)
+        prepare(experiment, out, observer=observer)
+    test = load_samples(experiment.data.path, "test")
+    bundle = read_bundle(out / "bundle")
+    with ScalarLog.open(out / "log.sqlite") as log, contextlib.ExitStack() as stack:
+        broker = open_broker(out, url=experiment.broker.url, port=experiment.broker.port)
+        stack.callback(broker.stop)
+        observer.line(f"broker: {broker.kind} at {broker.url}")
+        log.set_meta("broker", broker.kind)
+        try:
+            service = _train(experiment, out, bundle, test, log=log, broker=broker, observer=observer)
+        except BaseException as error:
+            log.add_event("interrupted", "", f"{type(error).__name__}: {error}")
+            raise
+        observer.stage("writing the report")
+        summary = write_summary(out, experiment, bundle, log, service)
+    write_report(out)
+    return summary
+
+
+def prepare(experiment: Experiment, out: Path, *, observer: Observer) -> None:
+    """Make a run folder: data for every agent, bundle, empty log; check that every board can hold it.
+
+    Raises:
+        ScalarfedError: The data, the density or a board's budget do not allow it; ``out`` is not made.
+    """
+    staging = out.with_name(f".{out.name}.part")
+    if staging.exists():
+        shutil.rmtree(staging)
+    try:
+        staging.mkdir(parents=True)
+        _prepare(experiment, staging, observer)
+        staging.replace(out)
+    finally:
+        if staging.exists():
+            shutil.rmtree(staging)
+
+
+def _prepare(experiment: Experiment, folder: Path, observer: Observer) -> None:
+    observer.stage(f"reading {experiment.data.path}")
+    train = load_samples(experiment.data.path, "train")
+    classes = int(train.y.max()) + 1
+    test = load_samples(experiment.data.path, "test", classes=classes)
+    inputs = to_inputs(train.x)
+    if to_inputs(test.x[:1]).shape[1:] != inputs.shape[1:]:
+        raise DataError(
+            f"{experiment.data.path}: x_train has samples {train.x.shape[1:]}, x_test {test.x.shape[1:]}"
+        )
+    if classes < 2:
+        raise DataError(f"{experiment.data.path}: all labels are 0; at least two classes are needed")
+    agents = experiment.agents
+    parts = partition(
+        train.y,
+        len(agents),
+        split=experiment.data.split,
+        alpha=experiment.data.alpha,
+        min_samples=experiment.data.min_samples,
+        seed=experiment.seed,
+    )
+    bundle = _prune(experiment, folder / "bundle", inputs, classes, observer)
+    slices = {agent.name: train.pick(part) for agent, part in zip(agents, parts, strict=True)}
+    predictions = {agent.name: _predict(experiment, bundle, agent, slices[agent.name]) for agent in agents}
+    (folder / "agents").mkdir()
+    for name, samples in slices.items():
+        home = folder / "agents" / name
+        home.mkdir()
+        np.savez(home / "data.npz", x_train=samples.x, y_train=samples.y)
+    (folder / "experiment.toml").write_text(dump(experiment), encoding="utf-8")
+    with ScalarLog.create(
+        folder / "log.sqlite",
+        {"bundle": bundle.identity, "name": experiment.name, "rounds": str(experiment.rounds)},
+    ) as log:
+        log.set_agents(
+            [
+                (agent.id, agent.name, agent.profile, agent.memory_mib, predictions[agent.name].total_mib)
+                for agent in agents
+            ]
+        )
+
+
+def _prune(
+    experiment: Experiment, folder: Path, inputs: np.ndarray[Any, Any], classes: int, observer: Observer
+) -> Bundle:
+    from pruning.models import standardisation
+    from pruning.prune import prune_model, write_pruned
+
+    settings = experiment.pruning
+    observer.stage(f"pruning {experiment.model.name} to density {settings.density:g} by {settings.method}")
+    pruned = prune_model(
+        experiment.model.name,
+        sample_shape=inputs.shape[1:],
+        classes=classes,
+        method=settings.method,
+        density=settings.density,
+        draws=settings.draws,
+        schedule_steps=settings.schedule_steps,
+        seed=experiment.seed,
+        hidden=experiment.model.hidden,
+        standardise=standardisation(inputs),
+        progress=observer.pruning,
+    )
+    observer.line(
+        f"{pruned.model}: {pruned.params_dense:,} -> {pruned.params:,} parameters, "
+        f"{pruned.macs_dense:,} -> {pruned.macs:,} MACs a sample"
+    )
+    return write_pruned(pruned, folder, cost=cost_of_graph)
+
+
+def _predict(experiment: Experiment, bundle: Bundle, agent: AgentPlan, samples: Samples) -> Prediction:
+    """Return what the agent will need at its peak.
+
+    Raises:
+        BudgetError: More than it may use; says what would fit.
+    """
+    return require_fit(
+        bundle.cost,
+        name=agent.name,
+        profile=agent.profile,
+        model=bundle.model,
+        budget_mib=agent.memory_mib,
+        batch_size=experiment.method.batch_size,
+        curvature_bytes=2 * bundle.size if METHODS[experiment.method.name].curvature else 0,
+        data_bytes=samples.x.nbytes + samples.y.nbytes,
+        density=experiment.pruning.density,
+    )
+
+
+def plan_of(experiment: Experiment, round_: int) -> RoundPlan:
+    """Return what a round of the experiment asks; the learning rate follows its schedule."""
+    settings = experiment.method
+    rate = settings.learning_rate
+    if settings.schedule == "cosine":
+        rate *= 0.5 * (1.0 + math.cos(math.pi * min(1.0, round_ / experiment.rounds)))
+    method = METHODS[settings.name]
+    return RoundPlan(
+        round=round_,
+        seed=experiment.seed,
+        method=method.code,
+        steps=settings.local_steps,
+        perturbations=settings.perturbations,
+        epsilon=settings.epsilon,
+        learning_rate=rate,
+        constants=method.values(settings.constants),
+    )
+
+
+def rebuild(bundle: Bundle, log: ScalarLog, round_: int | None = None) -> Replica:
+    """Return the replica before round ``round_`` (after the last record if None), rebuilt from the log.
+
+    Raises:
+        DigestError: A record leads elsewhere than it says.
+        LogError: The log does not reach that far.
+    """
+    length = len(log)
+    stop = length if round_ is None else round_
+    if not 0 <= stop <= length:
+        raise LogError(f"round {stop} is not in the log, which has {length}", hint=f"Choose 0 to {length}.")
+    replica = bundle.replica()
+    for record in log.records(0, stop):
+        apply_record(replica, record)
+    return replica
+
+
+def evaluate(forward: Forward, samples: Samples) -> tuple[float, float]:
+    """Return mean loss and accuracy over all samples."""
+    losses = 0.0
+    right = 0
+    for start in range(0, len(samples), _EVALUATION_BATCH):
+        batch = samples.pick(slice(start, start + _EVALUATION_BATCH))
+        loss, correct = forward.evaluate(to_inputs(batch.x), batch.y)
+        losses += loss * len(batch)
+        right += correct
+    return losses / len(samples), right / len(samples)
+
+
+def _train(
+    experiment: Experiment,
+    out: Path,
+    bundle: Bundle,
+    test: Samples,
+    *,
+    log: ScalarLog,
+    broker: Broker,
+    observer: Observer,
+) -> Service:
+    epoch = log.next_epoch()
+    replica = rebuild(bundle, log)
+    forward = Forward(bundle, replica.weights)
+    log.add_event("coordinator started", "", f"epoch {epoch}, round {replica.round}")
+    rounds = Rounds(
+        fleet=len(experiment.agents),
+        rounds=experiment.rounds,
+        plan_of=lambda round_: plan_of(experiment, round_),
+        epoch=epoch,
+        replica=replica,
+        recent=list(log.records(max(0, replica.round - 4))),
+        batch_size=experiment.method.batch_size,
+        central=experiment.method.difference == "central",
+        cohort=None if experiment.fleet.cohort == "all" else experiment.fleet.cohort,
+        quorum=None if experiment.fleet.quorum == "all" else experiment.fleet.quorum,
+        deadline_s=experiment.fleet.deadline_s,
+        resend_s=experiment.fleet.resend_s,
+        seed=experiment.seed,
+    )
+    accuracy: float | None = None
+
+    def evaluate_now() -> None:
+        nonlocal accuracy
+        loss, accuracy = evaluate(forward, test)
+        log.add_evaluation(replica.round, loss, accuracy)
+
+    def on_commit(record: RoundRecord, loss: float | None) -> None:
+        done = record.plan.round + 1
+        if done % experiment.evaluation.every == 0 or done == experiment.rounds:
+            evaluate_now()
+        observer.round(
+            done,
+            experiment.rounds,
+            math.nan if loss is None else loss,
+            accuracy,
+            service.online(),
+            len(experiment.agents),
+            *service.bytes_seen(),
+        )
+
+    with _fleet(experiment, out, broker, log) as supervisor:
+
+        def on_idle() -> None:
+            supervisor.watch()
+            if not broker.alive():
+                log.add_event("broker ended", "", f"starting {broker.kind} again")
+                broker.restart()
+
+        link = MqttLink(broker.url, client_id=f"{_run_name(experiment)}-coordinator")
+        service = Service(
+            link=link,
+            topics=Topics("scalarfed", _run_name(experiment)),
+            log=log,
+            rounds=rounds,
+            agents=[agent.name for agent in experiment.agents],
+            bundle_identity=bundle.identity,
+            on_commit=on_commit,
+            on_idle=on_idle,
+        )
+        observer.stage(f"training {len(experiment.agents)} agents by {experiment.method.name}")
+        if replica.round == 0:
+            evaluate_now()
+        try:
+            service.run(stop=lambda: False)
+        finally:
+            service.announce_state("finished" if rounds.finished else "stopped")
+            link.flush(2.0)
+            link.close()
+    return service
+
+
+@contextlib.contextmanager
+def _fleet(experiment: Experiment, out: Path, broker: Broker, log: ScalarLog) -> Iterator[Supervisor]:
+    folder = out / "agents"
+    commands = {
+        agent.name: [
+            *agent_command(),
+            *("--broker", broker.url, "--run", _run_name(experiment), "--name", agent.name),
+            *("--bundle", str(out / "bundle"), "--data", str(folder / agent.name / "data.npz")),
+            *("--state", str(folder / agent.name), "--profile", agent.profile),
+            *("--memory-mib", f"{agent.memory_mib:g}"),
+        ]
+        for agent in experiment.agents
+    }
+    supervisor = Supervisor(
+        commands, folder=folder, on_event=lambda kind, agent, text: log.add_event(kind, agent, text)
+    )
+    try:
+        supervisor.start()
+        yield supervisor
+    finally:
+        supervisor.stop()
+
+
+def _run_name(experiment: Experiment) -> str:
+    return experiment.name
+
+
+def _refuse_existing(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(
+            f"{out} exists already", hint="Go on with it by --resume, or choose another folder with --out."
+        )
+
+
+def _check_same(experiment: Experiment, out: Path) -> None:
+    """Refuse to go on with a run under another experiment."""
+    saved_path = out / "experiment.toml"
+    if not saved_path.is_file():
+        raise ConfigError(f"there is no run in {out} to go on with", hint="Start it without --resume.")
+    saved = load_experiment(saved_path)
+    if dump(saved) != dump(experiment):
+        lines = zip(dump(saved).splitlines(), dump(experiment).splitlines(), strict=False)
+        first = next((f"{old!r} there, {new!r} now" for old, new in lines if old != new), "it has other keys")
+        raise ConfigError(
+            f"the run in {out} was started with another experiment: {first}",
+            hint="Resume with the same experiment and the same --set, or start anew with another --out.",
+        )
