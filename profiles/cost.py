@@ -1,0 +1,284 @@
+"""What a net costs before it runs: parameters, FLOPs, and the bytes that a forward pass holds at its peak.
+
+Reads the ONNX graph of a bundle (weights are graph inputs), and nothing else: no data, no board, no run.
+The package onnx is imported inside :func:`graph_cost` only.
+
+Conventions. A multiply-add is 2 FLOPs; convolutions and matrix products count, biases and everything
+elementwise do not: the numbers are those of torch's FlopCounterMode. What it leaves out is told apart as
+``elementwise_flops``, one for every element that such an operator reads or writes, whichever are more.
+
+Activations are found by liveness: nodes run in graph order, a value lives from the node that makes it to
+its last reader, and shares memory with its input where onnxruntime lets it (views, and activation
+functions whose input nobody else reads). Inputs (x, y, weights) belong to the caller and are not counted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from profiles.errors import ModelError
+
+if TYPE_CHECKING:
+    import onnx
+
+__all__ = ["Cost", "graph_cost"]
+
+_BATCHES = (1, 32)
+
+# Outputs of these are other names for their first input.
+_VIEWS = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Dropout"})
+# These write into their input where nobody else reads it. Measured with onnxruntime 1.31 by tracking its
+# allocations: all other elementwise operators, the ones with two operands too, take a new buffer.
+_IN_PLACE = frozenset(
+    ["Celu", "Clip", "Elu", "HardSigmoid", "LeakyRelu", "LogSoftmax", "Relu", "Selu", "Sigmoid"]
+) | frozenset(["Softmax", "Softplus", "Softsign", "Tanh", "ThresholdedRelu"])
+# These run as two operators, with a buffer between them that is as large as the output.
+_TWO_STEPS = frozenset(["HardSwish", "Mish"])
+# Shapes and constants: folded away before the first run, or a few bytes.
+_FREE = frozenset({"Constant", "ConstantOfShape", "Shape", "Size", "Range"})
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The cost of one forward pass, linear in the batch size.
+
+    Attributes:
+        params: Elements of all trainable tensors.
+        forward_flops: Per sample, 2 for a multiply-add, as torch's flop counter has it.
+        elementwise_flops: Per sample, what the flop counter leaves out.
+        activation_bytes_per_sample: What each sample of a batch adds to the peak.
+        activation_bytes_fixed: What the peak holds beside that.
+        weight_bytes: Bytes of all trainable tensors, without the gaps of the bundle's layout.
+    """
+
+    params: int
+    forward_flops: int
+    elementwise_flops: int
+    activation_bytes_per_sample: int
+    activation_bytes_fixed: int
+    weight_bytes: int
+
+    def activation_bytes(self, batch_size: int) -> int:
+        """Return the bytes that a forward pass of ``batch_size`` samples holds at its peak."""
+        return self.activation_bytes_fixed + batch_size * self.activation_bytes_per_sample
+
+    def as_dict(self) -> dict[str, int]:
+        """Return the fields by name, as a bundle's manifest keeps them."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, int], *, params: int) -> Cost:
+        """Read back what a manifest keeps; ``params`` stands beside it there.
+
+        Raises:
+            ModelError: A field is missing.
+        """
+        found = {"elementwise_flops": 0, **fields, "params": params}
+        missing = cls.__dataclass_fields__.keys() - found.keys()
+        if missing:
+            raise ModelError(f"The manifest's cost lacks {', '.join(sorted(missing))}.")
+        return cls(**{name: int(found[name]) for name in cls.__dataclass_fields__})
+
+
+def graph_cost(graph: bytes | Path | onnx.ModelProto, *, data: Sequence[str] = ("x", "y")) -> Cost:
+    """Return the cost of a bundle's graph.
+
+    Args:
+        graph: The ONNX model, its bytes or its path. Its inputs are ``data``, whose first axis is the
+            batch, and the trainable tensors, whose shapes are fixed.
+        data: Names of the inputs that are not trainable.
+
+    Raises:
+        ModelError: The graph is no sound ONNX, has control flow, or a shape does not follow from its inputs.
+    """
+    import onnx
+
+    try:
+        if isinstance(graph, Path):
+            model = onnx.load(graph, load_external_data=False)
+        else:
+            model = onnx.load_from_string(graph) if isinstance(graph, bytes) else graph
+        one, many = (_Pass(_with_batch(model, data, batch), data) for batch in _BATCHES)
+    except (OSError, ValueError, onnx.shape_inference.InferenceError, onnx.checker.ValidationError) as error:
+        raise ModelError(f"The graph's cost cannot be told: {error}") from error
+    except Exception as error:  # protobuf's DecodeError, which has no public home
+        if type(error).__name__ != "DecodeError":
+            raise
+        raise ModelError("The graph is not an ONNX model.") from error
+    step = _BATCHES[1] - _BATCHES[0]
+    peaks = one.peak_bytes(), many.peak_bytes()
+    # The peak is the greatest of several lines in the batch size: the chord never lies below it between
+    # the two sizes, and hardly beyond them, since what does not grow with the batch is small.
+    per_sample = -(-(peaks[1] - peaks[0]) // step)
+    return Cost(
+        params=one.params,
+        forward_flops=(many.flops - one.flops) // step,
+        elementwise_flops=(many.elementwise - one.elementwise) // step,
+        activation_bytes_per_sample=per_sample,
+        activation_bytes_fixed=max(0, peaks[0] - per_sample * _BATCHES[0]),
+        weight_bytes=one.weight_bytes,
+    )
+
+
+def _with_batch(model: onnx.ModelProto, data: Sequence[str], batch: int) -> onnx.ModelProto:
+    """Return a copy whose shapes are all numbers, for one batch size."""
+    import onnx
+
+    fixed = onnx.ModelProto()
+    fixed.CopyFrom(model)
+    del fixed.graph.value_info[:]
+    for entry in fixed.graph.output:
+        entry.type.tensor_type.ClearField("shape")
+    for entry in fixed.graph.input:
+        if entry.name in data and entry.type.tensor_type.shape.dim:
+            entry.type.tensor_type.shape.dim[0].dim_value = batch
+    return onnx.shape_inference.infer_shapes(fixed, check_type=True, strict_mode=True, data_prop=True)
+
+
+class _Pass:
+    """One forward pass at one batch size: the shape and type of every value, what it costs, what lives."""
+
+    def __init__(self, model: onnx.ModelProto, data: Sequence[str]) -> None:
+        import onnx
+
+        graph = model.graph
+        self.nodes = list(graph.node)
+        self.kept = {entry.name for entry in graph.output}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.widths: dict[str, int] = {}
+        for entry in (*graph.input, *graph.value_info, *graph.output):
+            tensor = entry.type.tensor_type
+            if all(dim.HasField("dim_value") for dim in tensor.shape.dim):
+                self.shapes[entry.name] = tuple(dim.dim_value for dim in tensor.shape.dim)
+            self.widths[entry.name] = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).itemsize
+        initial = {entry.name for entry in graph.initializer}
+        for entry in graph.initializer:
+            self.shapes[entry.name] = tuple(entry.dims)
+            self.widths[entry.name] = onnx.helper.tensor_dtype_to_np_dtype(entry.data_type).itemsize
+        weights = [entry.name for entry in graph.input if entry.name not in (*data, *initial)]
+        self.inputs = {*weights, *data, *initial}
+        self._check()
+        self.params = sum(self.size(name) for name in weights)
+        self.weight_bytes = sum(self.bytes(name) for name in weights)
+        self.flops = sum(self._multiply_adds(node) * 2 for node in self.nodes)
+        self.elementwise = sum(self._elementwise(node) for node in self.nodes)
+
+    def _check(self) -> None:
+        for node in self.nodes:
+            if any(a.HasField("g") or a.graphs for a in node.attribute):
+                raise ValueError(f"node `{node.name}` ({node.op_type}) is control flow")
+            for name in (*node.input, *node.output):
+                if name and name not in self.shapes:
+                    made = node.output[0] == name
+                    raise ValueError(
+                        f"the shape of `{name}`, {'made' if made else 'read'} by node `{node.name}` "
+                        f"({node.op_type}), does not follow from the inputs' shapes"
+                    )
+
+    def size(self, name: str) -> int:
+        return math.prod(self.shapes[name])
+
+    def bytes(self, name: str) -> int:
+        return self.size(name) * self.widths[name]
+
+    def _multiply_adds(self, node: onnx.NodeProto) -> int:
+        kind = node.op_type
+        if kind == "MatMul":
+            return self.size(node.output[0]) * self.shapes[node.input[0]][-1]
+        if kind == "Gemm":
+            return self.size(node.output[0]) * self.shapes[node.input[0]][not _attributes(node).get("transA")]
+        if kind == "Conv":  # weight: (out, in / group, *kernel)
+            return self.size(node.output[0]) * math.prod(self.shapes[node.input[1]][1:])
+        if kind == "ConvTranspose":  # weight: (in, out / group, *kernel)
+            return self.size(node.input[0]) * math.prod(self.shapes[node.input[1]][1:])
+        if kind == "Einsum":
+            return self._einsum(_attributes(node)["equation"].decode(), node)
+        if kind in ("LSTM", "GRU", "RNN"):  # input (t, n, i), weight (directions, gates x hidden, i)
+            steps, samples, inside = self.shapes[node.input[0]]
+            directions, gates, hidden = self.shapes[node.input[2]]
+            return steps * samples * directions * gates * (inside + hidden)
+        return 0
+
+    def _einsum(self, equation: str, node: onnx.NodeProto) -> int:
+        """Count a product of two operands: one multiply-add for every value of all its indices."""
+        terms = equation.replace(" ", "").split("->")[0].split(",")
+        if len(terms) != 2 or "." in equation:
+            raise ValueError(f"node `{node.name}` (Einsum) has an equation that is not counted: {equation}")
+        sizes: dict[str, int] = {}
+        for term, name in zip(terms, node.input, strict=True):
+            sizes.update(zip(term, self.shapes[name], strict=True))
+        return math.prod(sizes.values())
+
+    def _elementwise(self, node: onnx.NodeProto) -> int:
+        free = node.op_type in _VIEWS | _FREE | {"Gather", "Transpose", "Concat", "Slice", "Split", "Expand"}
+        if free or self._multiply_adds(node) or self.widths[node.output[0]] != 4:
+            return 0
+        return max(self.size(name) for name in (*node.input, node.output[0]) if name)
+
+    def peak_bytes(self) -> int:
+        """Return the most bytes that live at once while the nodes run in order."""
+        readers = self._readers()
+        buffer: dict[str, int] = {}  # value -> the buffer it lies in; inputs lie in none
+        held: dict[int, int] = {}  # buffer -> bytes
+        names: dict[int, int] = {}  # buffer -> readers still to come, of all values that lie in it
+        live = peak = 0
+        for place, node in enumerate(self.nodes):
+            for name in filter(None, node.output):
+                shared = self._shared(node, name, readers, buffer)
+                if shared is None and node.op_type not in _FREE and not self._fused(node):
+                    shared = place
+                    held[place] = held.get(place, 0) + self.bytes(name)
+                    live += self.bytes(name)
+                if shared is not None:
+                    buffer[name] = shared
+                    names[shared] = names.get(shared, 0) + readers.get(name, 0) + (name in self.kept)
+            between = self.bytes(node.output[0]) if node.op_type in _TWO_STEPS else 0
+            peak = max(peak, live + between)
+            for name in filter(None, node.input):
+                readers[name] -= 1
+                if name in buffer:
+                    names[buffer[name]] -= 1
+            touched = {buffer[name] for name in (*node.input, *node.output) if name in buffer}
+            live -= sum(held.pop(one) for one in touched if not names[one] and one in held)
+        return peak
+
+    def _readers(self) -> dict[str, int]:
+        readers: dict[str, int] = {}
+        for node in self.nodes:
+            for name in filter(None, node.input):
+                readers[name] = readers.get(name, 0) + 1
+        return readers
+
+    def _shared(
+        self, node: onnx.NodeProto, name: str, readers: Mapping[str, int], buffer: Mapping[str, int]
+    ) -> int | None:
+        """Return the buffer of an input in which an output may lie."""
+        if node.op_type in _VIEWS:
+            return buffer.get(node.input[0])
+        if node.op_type == "Cast" and self.widths[name] == self.widths[node.input[0]]:
+            return buffer.get(node.input[0])
+        if node.op_type in _IN_PLACE:
+            given = node.input[0]
+            if given in buffer and readers[given] == 1 and given not in self.kept:
+                return buffer[given]
+        return None
+
+    def _fused(self, node: onnx.NodeProto) -> bool:
+        """Tell whether onnxruntime reads through a transposition of the last two axes (FusedMatMul)."""
+        if node.op_type != "Transpose":
+            return False
+        rank = len(self.shapes[node.input[0]])
+        order = list(_attributes(node).get("perm", range(rank)[::-1]))
+        swapped = [*range(rank - 2), rank - 1, rank - 2]
+        users = [other for other in self.nodes if node.output[0] in other.input]
+        return rank >= 2 and order == swapped and bool(users) and all(u.op_type == "MatMul" for u in users)
+
+
+def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    import onnx
+
+    return {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
