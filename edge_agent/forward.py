@@ -78,8 +78,12 @@ class Forward:
         loss, correct, _ = self._run(x, y)
         return float(loss.numpy()), int(correct.numpy())
 
+    def logits(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the logits of a batch, (n, classes); the next call may overwrite them."""
+        return self._run(x, np.zeros(len(x), np.int64))[2].numpy()
+
     def _run(self, x: NDArray[np.float32], y: NDArray[np.int64]) -> list[ort.OrtValue]:
-        if len(y) != self._batch_size:  # outputs of the last run are kept and reused; these have another shape
+        if len(y) != self._batch_size:  # the outputs of the last run are reused, and have another shape
             self._binding.clear_binding_outputs()
             for name in ("loss", "correct", "logits"):
                 self._binding.bind_output(name, "cpu")

@@ -10,7 +10,7 @@ all of that for every block of the stage.
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -106,6 +106,18 @@ class Structure:
     def macs(self, widths: Mapping[str, int]) -> int:
         """Return the multiply-accumulates of one sample's forward at ``widths``."""
         return sum(tensor.positions * tensor.size(widths) for tensor in self.tensors)
+
+    def at(self, widths: Mapping[str, int]) -> "Structure":
+        """Return the structure of the net as it is at ``widths``: these become the dense ones.
+
+        Raises:
+            ModelError: See :meth:`check`.
+        """
+        self.check(widths)
+        groups = (
+            replace(g, width=widths[g.name], minimum=min(g.minimum, widths[g.name])) for g in self.groups
+        )
+        return Structure(tuple(groups), self.tensors)
 
     def check(self, widths: Mapping[str, int]) -> None:
         """Raise ModelError unless ``widths`` names every group with a legal width.

@@ -58,14 +58,16 @@ def test_golden_bytes_of_a_record():
 
 def test_golden_bytes_of_a_round_announcement():
     """An announcement is its head, its cohort's bits, its plan and its records."""
-    head = "0101" "0300" "0100" "1000" "01" "01" "60ea0000" "0200" "0502"
-    assert encode(OPEN) == bytes.fromhex(head) + encode_record(record(9, 2))[:38] + encode_record(record(8, 2))
+    head = "0101030001001000010160ea000002000502"
+    assert encode(OPEN) == bytes.fromhex(head) + encode_record(record(9, 2))[:38] + encode_record(
+        record(8, 2)
+    )
 
 
 def test_golden_bytes_of_a_request_and_a_slice():
     """The two messages of catching up."""
-    assert encode(SliceRequest(3, 5)).hex() == "0104" "0300" "05000000"
-    assert encode(Slice(3, 5, (record(5),))).hex() == "0103" "0300" "05000000" "0100" + encode_record(record(5)).hex()
+    assert encode(SliceRequest(3, 5)).hex() == "0104030005000000"
+    assert encode(Slice(3, 5, (record(5),))).hex() == "01030300050000000100" + encode_record(record(5)).hex()
 
 
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda m: type(m).__name__)
