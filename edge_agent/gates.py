@@ -7,8 +7,9 @@ bundle like any other, named ``gate.<group>``, so that this needs no second grap
     s_g  = (J(1) - J(c_g = 1 - t)) / t
 
 J(1) is in expectation epsilon^2 times the trace of the neural tangent kernel over the inputs X. With t = 1
-s_g is the part of it that goes with unit g, with t near 0 the derivative dJ/dc_g of NTK-SAP. The trace over the union of the agents' inputs is the sum of their local
-traces, so that scores add up over agents, weighted by nothing but their number of inputs.
+s_g is the part of it that goes with unit g, with t near 0 the derivative dJ/dc_g of NTK-SAP. The trace over
+the union of the agents' inputs is the sum of their local traces, so that scores add up over agents,
+weighted by their number of inputs.
 
 Source of J: Wang et al., "NTK-SAP", ICLR 2023, equation 10; of its federated sum: arXiv 2405.04765.
 """
@@ -120,7 +121,7 @@ def _sweep(
     logits: Callable[[], NDArray[np.float32]],
     closing: float,
 ) -> NDArray[np.float32]:
-    """Return the logits with all gates open, then with each one closed by ``closing``: (1 + G, n, classes)."""
+    """Return the logits with all gates open, then with one after the other closing: (1 + G, n, classes)."""
     rows = [logits().copy()]
     for place in places:
         weights[place] = 1.0 - closing

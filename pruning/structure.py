@@ -17,7 +17,7 @@ from torch import nn
 
 from profiles.errors import ModelError
 
-__all__ = ["Axis", "Structure", "TensorShape", "WidthGroup", "infer_structure"]
+__all__ = ["Axis", "Structure", "TensorShape", "WidthGroup", "infer_structure", "positions_of"]
 
 
 @dataclass(frozen=True)
@@ -173,12 +173,12 @@ def infer_structure(
                     if rest or old != block * group.width or isinstance(axes[name][axis], Axis):
                         raise ValueError(f"axis {axis} of {name} does not follow {group.name} alone")
                     axes[name][axis] = Axis(group.name, block)
-        positions = _positions(net, torch.empty(1, *sample_shape))
+        positions = positions_of(net, torch.empty(1, *sample_shape))
     tensors = tuple(TensorShape(name, tuple(a), positions.get(name, 0)) for name, a in axes.items())
     return Structure(groups, tensors)
 
 
-def _positions(net: nn.Module, inputs: torch.Tensor) -> dict[str, int]:
+def positions_of(net: nn.Module, inputs: torch.Tensor) -> dict[str, int]:
     """Return how often one sample's forward uses each element of each convolution's or linear weight."""
     found: dict[str, int] = {}
     handles = []
