@@ -75,9 +75,7 @@ class Pruning:
         schedule_steps: Steps in which the density falls.
     """
 
-    method: Annotated[
-        str, Choice(("ntk", "synflow", "snip", "grasp", "magnitude", "erk", "uniform", "random", "none"))
-    ] = "ntk"
+    method: Annotated[str, Choice(("ntk", "uniform", "none"))] = "ntk"
     density: Annotated[
         float,
         Number(
@@ -163,8 +161,8 @@ class BrokerChoice:
     url: Annotated[
         str,
         Text(
-            pattern=r"|mqtts?://[^\s/]+/?",
-            rule="must be empty or look like mqtt://HOST:PORT or mqtts://HOST:PORT",
+            pattern=r"|mqtt://[^\s/]+/?",
+            rule="must be empty or look like mqtt://HOST:PORT",
         ),
     ] = ""
     port: Annotated[int, Whole(0, 65535)] = 0

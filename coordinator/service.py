@@ -38,6 +38,7 @@ class Service:
         shards: Topics over which the agents are spread.
         on_commit: Called after every record that is on the disk.
         on_idle: Called a few times a second, for whoever watches processes.
+        clock: Monotonic seconds.
 
     Attributes:
         statuses: Last status of each agent, by name.
@@ -57,6 +58,7 @@ class Service:
         shards: int = 1,
         on_commit: Callable[[RoundRecord, float | None], None] = lambda record, loss: None,
         on_idle: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.statuses: dict[str, dict[str, Any]] = {}
         self.traffic: dict[tuple[str, int], dict[str, int]] = {}
@@ -71,6 +73,7 @@ class Service:
         self._shards = shards
         self._on_commit = on_commit
         self._on_idle = on_idle
+        self._clock = clock
         self._closing_since: float | None = None
 
     def run(self, *, stop: Callable[[], bool], farewell_s: float = 20.0) -> None:
@@ -80,26 +83,35 @@ class Service:
             stop: Asked a few times a second; True ends the loop between two messages.
             farewell_s: How long to wait for the last agents' last status.
         """
-        base = self._topics.base
-        for pattern in ("u/#", "st/#", "q/#"):
-            self._link.subscribe(base + pattern)
-        self._publish_control()
-        self._act(self._rounds.start(time.monotonic()))
+        self.start()
         idle_at = 0.0
         while not stop():
-            event = self._link.receive(_TICK_S)
-            now = time.monotonic()
-            if isinstance(event, Message):
-                self._on_message(event, now)
-            elif isinstance(event, Connected):
-                self._publish_control()
-                self._act(self._rounds.announce_again(now))
-            self._act(self._rounds.on_tick(now))
+            self.pump(_TICK_S)
+            now = self._clock()
             if now - idle_at >= _TICK_S:
                 idle_at = now
                 self._on_idle()
             if self._rounds.finished and self._farewell(now, farewell_s):
                 return
+
+    def start(self) -> None:
+        """Subscribe, publish the configuration and open the first round."""
+        for pattern in ("u/#", "st/#", "q/#"):
+            self._link.subscribe(self._topics.base + pattern)
+        self._publish_control()
+        self._act(self._rounds.start(self._clock()))
+
+    def pump(self, timeout_s: float = 0.0) -> None:
+        """Handle all that has arrived; wait for the first event as long as ``timeout_s``."""
+        event = self._link.receive(timeout_s)
+        while event is not None:
+            if isinstance(event, Message):
+                self._on_message(event, self._clock())
+            elif isinstance(event, Connected):
+                self._publish_control()
+                self._act(self._rounds.announce_again(self._clock()))
+            event = self._link.receive(0.0)
+        self._act(self._rounds.on_tick(self._clock()))
 
     def announce_state(self, state: str) -> None:
         """Publish the run's configuration with another state, such as "stopped"."""
@@ -158,7 +170,7 @@ class Service:
             self._agents[number]: (reply, counted, closed_at)
             for number, (reply, counted) in action.replies.items()
         }
-        opened_at = closed_at - (time.monotonic() - action.opened_s)
+        opened_at = closed_at - (self._clock() - action.opened_s)
         self._log.append(
             action.record, loss=action.loss, opened_at=opened_at, closed_at=closed_at, replies=replies
         )

@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from profiles.budget import flops_per_step
-
 from coordinator.experiment import Experiment
 from coordinator.scalar_log import ScalarLog
 from coordinator.service import Service
 from edge_agent.bundle import Bundle
+from profiles.budget import flops_per_step
+from profiles.cost import Cost
 
 __all__ = ["write_summary"]
 
@@ -36,17 +36,23 @@ def write_summary(
     final = service.final_digest
     last_round = len(log)
     evaluation = log.last_evaluation()
+    dense_cost = {key.removesuffix("_dense"): value for key, value in bundle.pruning.items()}
+    costs = {
+        "dense": Cost.from_dict(
+            {field: dense_cost[field] for field in bundle.cost if field != "params"},
+            params=bundle.pruning["params_dense"],
+        ),
+        "pruned": Cost.from_dict(bundle.cost, params=bundle.params),
+    }
     step_flops = {
         which: flops_per_step(
-            forward_flops=int(
-                bundle.pruning["forward_flops_dense"] if which == "dense" else bundle.cost["forward_flops"]
-            ),
-            params=int(bundle.pruning["params_dense"] if which == "dense" else bundle.params),
+            cost,
             batch_size=settings.batch_size,
             perturbations=settings.perturbations,
-            central=settings.difference == "central",
+            difference=settings.difference,
+            size=cost.params,
         )
-        for which in ("dense", "pruned")
+        for which, cost in costs.items()
     }
     statuses = service.statuses
     agents = []

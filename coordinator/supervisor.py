@@ -56,12 +56,8 @@ class Supervisor:
         self._on_event = on_event
         self._slots = {name: _Slot(command) for name, command in commands.items()}
         # Many small processes on one machine: one thread and few heaps each, as a small board has.
-        self._env = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "OPENBLAS_NUM_THREADS": "1",
-            "MALLOC_ARENA_MAX": "1",
-        }
+        one = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+        self._env = {**os.environ, **one}
 
     def start(self) -> None:
         """End what an interrupted run left behind, then start every agent."""
@@ -82,9 +78,9 @@ class Supervisor:
                 slot.failures = slot.failures + 1 if now - slot.started_at < _HEALTHY_S else 1
                 if slot.failures >= _FAILURES:
                     raise StateError(
-                        f"agent {name} ended {_FAILURES} times right after its start, last with exit code {code}: "
-                        f"{self._last_line(name)}",
-                        hint=f"Read {self._folder / (name + '.log')}, correct the cause, then go on with --resume.",
+                        f"agent {name} ended {_FAILURES} times right after its start, "
+                        f"last with exit code {code}: {self._last_line(name)}",
+                        hint=f"Read {self._folder / name}.log, correct the cause, then go on with --resume.",
                     )
                 slot.child = None
                 slot.restart_at = now + min(_SLOWEST_RESTART_S, 0.2 * 2.0**slot.failures)

@@ -9,19 +9,17 @@ import contextlib
 import math
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from profiles.budget import Prediction, require_fit
-from profiles.cost import cost_of_graph
 
 from coordinator.broker import Broker, open_broker
 from coordinator.config import dump, load_experiment
 from coordinator.experiment import AgentPlan, Experiment
 from coordinator.partition import partition
 from coordinator.progress import Observer
+from coordinator.rebuild import rebuild
 from coordinator.report import write_report
 from coordinator.rounds import Rounds
 from coordinator.scalar_log import ScalarLog
@@ -33,23 +31,15 @@ from edge_agent.data import Samples, load_samples, to_inputs
 from edge_agent.forward import Forward
 from edge_agent.link import MqttLink
 from edge_agent.optimizer import METHODS
-from edge_agent.replay import Replica, apply_record
 from edge_agent.topics import Topics
 from edge_agent.wire import RoundPlan, RoundRecord
-from profiles.errors import ConfigError, DataError, LogError
+from profiles.budget import Prediction, check_memory, predict_peak_mib
+from profiles.cost import Cost, graph_cost
+from profiles.errors import ConfigError, DataError, ScalarfedError
 
-__all__ = ["evaluate", "plan_of", "prepare", "rebuild", "run_testbed"]
+__all__ = ["evaluate", "plan_of", "prepare", "run_testbed"]
 
 _EVALUATION_BATCH = 256
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """What a run needs before its first round."""
-
-    bundle: Bundle
-    test: Samples
-    predictions: dict[str, Prediction]
 
 
 def run_testbed(experiment: Experiment, *, out: Path, resume: bool, observer: Observer) -> dict[str, Any]:
@@ -74,7 +64,13 @@ def run_testbed(experiment: Experiment, *, out: Path, resume: bool, observer: Ob
     test = load_samples(experiment.data.path, "test")
     bundle = read_bundle(out / "bundle")
     with ScalarLog.open(out / "log.sqlite") as log, contextlib.ExitStack() as stack:
-        broker = open_broker(out, url=experiment.broker.url, port=experiment.broker.port)
+        try:
+            broker = open_broker(out, url=experiment.broker.url, port=experiment.broker.port)
+        except ScalarfedError:
+            if not resume:  # nothing was trained yet
+                stack.callback(shutil.rmtree, out)
+                stack.callback(log.close)
+            raise
         stack.callback(broker.stop)
         observer.line(f"broker: {broker.kind} at {broker.url}")
         log.set_meta("broker", broker.kind)
@@ -152,13 +148,14 @@ def _prepare(experiment: Experiment, folder: Path, observer: Observer) -> None:
 def _prune(
     experiment: Experiment, folder: Path, inputs: np.ndarray[Any, Any], classes: int, observer: Observer
 ) -> Bundle:
-    from pruning.models import standardisation
+    from pruning.models import choose_model, standardisation
     from pruning.prune import prune_model, write_pruned
 
     settings = experiment.pruning
-    observer.stage(f"pruning {experiment.model.name} to density {settings.density:g} by {settings.method}")
+    model = choose_model(experiment.model.name, sample_shape=inputs.shape[1:])
+    observer.stage(f"pruning {model} to density {settings.density:g} by {settings.method}")
     pruned = prune_model(
-        experiment.model.name,
+        model,
         sample_shape=inputs.shape[1:],
         classes=classes,
         method=settings.method,
@@ -166,7 +163,7 @@ def _prune(
         draws=settings.draws,
         schedule_steps=settings.schedule_steps,
         seed=experiment.seed,
-        hidden=experiment.model.hidden,
+        hidden=experiment.model.hidden if model == "mlp" else None,
         standardise=standardisation(inputs),
         progress=observer.pruning,
     )
@@ -174,7 +171,7 @@ def _prune(
         f"{pruned.model}: {pruned.params_dense:,} -> {pruned.params:,} parameters, "
         f"{pruned.macs_dense:,} -> {pruned.macs:,} MACs a sample"
     )
-    return write_pruned(pruned, folder, cost=cost_of_graph)
+    return write_pruned(pruned, folder, cost=lambda graph: graph_cost(graph).as_dict())
 
 
 def _predict(experiment: Experiment, bundle: Bundle, agent: AgentPlan, samples: Samples) -> Prediction:
@@ -183,17 +180,21 @@ def _predict(experiment: Experiment, bundle: Bundle, agent: AgentPlan, samples: 
     Raises:
         BudgetError: More than it may use; says what would fit.
     """
-    return require_fit(
-        bundle.cost,
-        name=agent.name,
-        profile=agent.profile,
-        model=bundle.model,
-        budget_mib=agent.memory_mib,
+    prediction = predict_peak_mib(
+        Cost.from_dict(bundle.cost, params=bundle.params),
         batch_size=experiment.method.batch_size,
-        curvature_bytes=2 * bundle.size if METHODS[experiment.method.name].curvature else 0,
+        curvature_bytes_per_param=2.0 if METHODS[experiment.method.name].curvature else 0.0,
         data_bytes=samples.x.nbytes + samples.y.nbytes,
-        density=experiment.pruning.density,
+        graph_bytes=bundle.graph_path.stat().st_size,
     )
+    check_memory(
+        prediction,
+        agent.memory_mib,
+        model=bundle.model,
+        device=agent.name,
+        density=bundle.params / bundle.pruning["params_dense"],
+    )
+    return prediction
 
 
 def plan_of(experiment: Experiment, round_: int) -> RoundPlan:
@@ -213,23 +214,6 @@ def plan_of(experiment: Experiment, round_: int) -> RoundPlan:
         learning_rate=rate,
         constants=method.values(settings.constants),
     )
-
-
-def rebuild(bundle: Bundle, log: ScalarLog, round_: int | None = None) -> Replica:
-    """Return the replica before round ``round_`` (after the last record if None), rebuilt from the log.
-
-    Raises:
-        DigestError: A record leads elsewhere than it says.
-        LogError: The log does not reach that far.
-    """
-    length = len(log)
-    stop = length if round_ is None else round_
-    if not 0 <= stop <= length:
-        raise LogError(f"round {stop} is not in the log, which has {length}", hint=f"Choose 0 to {length}.")
-    replica = bundle.replica()
-    for record in log.records(0, stop):
-        apply_record(replica, record)
-    return replica
 
 
 def evaluate(forward: Forward, samples: Samples) -> tuple[float, float]:

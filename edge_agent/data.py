@@ -18,6 +18,8 @@ from profiles.errors import DataError
 
 __all__ = ["Samples", "batch_indices", "load_samples", "to_inputs"]
 
+_DATA = 0xDA7A << 32  # beyond every perturbation number, so that no noise has this key
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -68,7 +70,7 @@ def batch_indices(seed: int, agent: int, step: int, batch_size: int, samples: in
     passes = positions // samples
     chosen = np.empty(batch_size, np.int64)
     for number in np.unique(passes):
-        words = hash_words(NoiseKey(seed, int(number), agent, 0xDA7A), 0, samples)
+        words = hash_words(NoiseKey(seed, int(number), agent, _DATA), 0, samples)
         order = np.argsort(words, kind="stable")
         chosen[passes == number] = order[positions[passes == number] % samples]
     return chosen

@@ -83,7 +83,7 @@ class Forward:
         return self._run(x, np.zeros(len(x), np.int64))[2].numpy()
 
     def _run(self, x: NDArray[np.float32], y: NDArray[np.int64]) -> list[ort.OrtValue]:
-        if len(y) != self._batch_size:  # the outputs of the last run are reused, and have another shape
+        if len(y) != self._batch_size:  # outputs are kept and reused; these have another shape
             self._binding.clear_binding_outputs()
             for name in ("loss", "correct", "logits"):
                 self._binding.bind_output(name, "cpu")

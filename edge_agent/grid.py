@@ -18,22 +18,26 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.noise import UNIT, NoiseKey, byte_sums, hash_words
+from edge_agent.noise import CHUNK, NoiseKey, chunk_words, values
 
 __all__ = [
     "RESERVE_STEPS",
+    "WEIGHT_STEPS",
     "Segment",
     "Term",
     "bf16_to_float",
     "chunks",
+    "finite",
     "inverse_root",
     "move",
     "perturb",
     "plan_segments",
     "round_update",
+    "rounding_words",
     "snap",
     "step_scale",
     "weighted_noise",
+    "whole_scalars",
 ]
 
 RESERVE_STEPS = 1 << 21
@@ -42,6 +46,12 @@ RESERVE_STEPS = 1 << 21
 WEIGHT_STEPS = 3 << 22
 """Grid steps beyond which an update does not move a weight: 3/4 of 2**24."""
 
+_LARGEST_WHOLE = 127 * 128
+_ROUNDING = 1 << 32
+_MULTIPLIERS = np.array(
+    [0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F, 0x165667B1, 0xD3A2646D, 0xFD7046C5, 0xB55A4F09],
+    np.uint32,
+)[:, None]
 _SMALLEST_EXPONENT = 2
 _HEADROOM_BITS = 2
 _CHUNK = 1 << 15
@@ -109,14 +119,32 @@ def step_scale(exponent: int) -> np.float32:
     return np.float32(2.0 ** (24 - exponent))
 
 
+def finite(factor: float) -> np.float32:
+    """Return a factor >= 0 as float32, at most 1e30, so that no product with it is 0 times infinity."""
+    return np.float32(min(factor, 1e30))
+
+
 def bf16_to_float(curvature: NDArray[np.uint16]) -> NDArray[np.float32]:
     """Return bfloat16 bits (uint16) as float32, exactly."""
     return (curvature.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
 def inverse_root(curvature: NDArray[np.uint16]) -> NDArray[np.float32]:
-    """Return 1 / sqrt(h) of bfloat16 curvature bits as float32, each operation rounded once."""
-    return np.float32(1) / np.sqrt(bf16_to_float(curvature))
+    """Return 1 / sqrt(h) of bfloat16 curvature bits as float32, to 0.066 %.
+
+    bfloat16 itself resolves no more than 0.4 %. A start from the exponent bits and one Newton step, each
+    operation rounded once: two divisions' worth faster than a root and a division on small cores.
+
+    Source: the constants are Kadlec's ("Improving the fast inverse square root", 2010).
+    """
+    h = bf16_to_float(curvature)
+    y = (np.uint32(0x5F1FFFF9) - (h.view(np.uint32) >> np.uint32(1))).view(np.float32)
+    h *= y
+    h *= y
+    np.subtract(np.float32(2.38924456), h, out=h)
+    h *= np.float32(0.703952253)
+    h *= y
+    return h
 
 
 def perturb(
@@ -140,14 +168,14 @@ def perturb(
         epsilon: Step of the finite difference, > 0.
         curvature: bfloat16 bits, shape of ``weights``; None for h = 1.
     """
-    amount = np.float32(epsilon * UNIT)
+    amount = finite(epsilon)
     limit = np.float32(RESERVE_STEPS)
     for start, stop, exponent in chunks(segments):
         scale = step_scale(exponent)
         root = None if curvature is None else inverse_root(curvature[start:stop])
         total = np.zeros(stop - start, np.float32)
         for key, times in terms:
-            steps = byte_sums(hash_words(key, start, stop - start))
+            steps = values(key, start, stop - start).astype(np.float32)
             steps *= amount * scale
             if root is not None:
                 steps *= root
@@ -159,39 +187,55 @@ def perturb(
         weights[start:stop] += total
 
 
-def weighted_noise(
-    keys: Sequence[NoiseKey], scalars: Sequence[np.float32], start: int, size: int
-) -> tuple[NDArray[np.float32], NDArray[np.uint32]]:
-    """Return ``sum_p scalar_p * u_p`` (byte sums, not yet scaled) and 32 spare random bits an element.
+def whole_scalars(scalars: Sequence[np.float32] | NDArray[np.float32]) -> tuple[NDArray[np.int32], float]:
+    """Return scalars as whole numbers in [-16256, 16256] and the unit that they count.
 
-    The sum is taken in float32 in the order of the keys. The spare bits are the exclusive or of all
-    hash words, scrambled once more, so that they do not follow the byte sums.
+    Whole numbers make the sum over perturbations exact in any order, and cheap on every processor; they
+    are off by at most 3.1e-5 of the largest scalar.
     """
-    total = np.zeros(size, np.float32)
-    spare = np.zeros(size, np.uint32)
-    for key, scalar in zip(keys, scalars, strict=True):
-        words = hash_words(key, start, size)
-        spare ^= words
-        total += byte_sums(words) * np.float32(scalar)
-    spare *= np.uint32(0x9E3779B1)
-    spare ^= spare >> np.uint32(15)
-    return total, spare
+    exact = np.asarray(scalars, np.float64)
+    unit = float(np.abs(exact).max()) / _LARGEST_WHOLE
+    if unit == 0.0:
+        return np.zeros(exact.shape, np.int32), 0.0
+    return np.rint(exact / unit).astype(np.int32), unit
 
 
-def round_update(steps: NDArray[np.float32], spare: NDArray[np.uint32], limit: int) -> NDArray[np.float32]:
+def weighted_noise(
+    keys: Sequence[NoiseKey], wholes: NDArray[np.int32], start: int, size: int
+) -> NDArray[np.float32]:
+    """Return ``sum_p wholes_p * z_p``, exact in int32 for up to 65535 perturbations, as float32."""
+    total = np.zeros(size, np.int32)
+    for key, whole in zip(keys, wholes, strict=True):
+        total += values(key, start, size) * whole
+    return total.astype(np.float32)
+
+
+def rounding_words(step_key: NoiseKey, start: int, size: int) -> NDArray[np.uint32]:
+    """Return random words by which the update of a local step is rounded: shape (size,).
+
+    Args:
+        step_key: Any key of the step; its perturbation number is not looked at.
+        start: First element.
+        size: Number of elements.
+    """
+    words = chunk_words(step_key._replace(perturbation=_ROUNDING), start, size) * _MULTIPLIERS
+    return words.reshape(-1)[start % CHUNK :][:size]
+
+
+def round_update(steps: NDArray[np.float32], words: NDArray[np.uint32], limit: int) -> NDArray[np.float32]:
     """Round an update, in grid steps, to whole steps: up or down with the odds that keep its mean.
 
-    The 16 upper spare bits decide, so that every replica decides alike; updates far below half a step
+    The upper 23 random bits decide, so that every replica decides alike; updates far below half a step
     still move weights, in the mean by what they should.
 
     Args:
         steps: Update in grid steps, float32; overwritten.
-        spare: Random words from :func:`weighted_noise`.
+        words: From :func:`rounding_words`.
         limit: Largest displacement in grid steps; at most 2**21.
     """
     np.clip(steps, -np.float32(limit), np.float32(limit), out=steps)
-    dither = (spare >> np.uint32(16)).astype(np.float32) * np.float32(2.0**-16)
-    steps += dither + np.float32(2.0**-17 - 0.5)
+    one_to_two = ((words >> np.uint32(9)) | np.uint32(0x3F800000)).view(np.float32)
+    steps += one_to_two - np.float32(1.5)
     return np.rint(steps, out=steps)
 
 
@@ -218,13 +262,14 @@ def move(
         direction: +1 makes the move, -1 takes it back.
         curvature: As in :func:`perturb`.
     """
-    amount = np.float32(rate * UNIT / len(keys))
+    wholes, unit = whole_scalars(scalars)
+    amount = finite(rate * unit / len(keys))
     for start, stop, exponent in chunks(segments):
         scale = step_scale(exponent)
-        total, spare = weighted_noise(keys, scalars, start, stop - start)
-        total *= amount * scale
+        steps = weighted_noise(keys, wholes, start, stop - start)
+        steps *= amount * scale
         if curvature is not None:
-            total *= inverse_root(curvature[start:stop])
-        steps = round_update(total, spare, limit)
+            steps *= inverse_root(curvature[start:stop])
+        round_update(steps, rounding_words(keys[0], start, stop - start), limit)
         steps /= np.float32(direction) * scale
         weights[start:stop] -= steps

@@ -8,7 +8,8 @@ tests.
 import queue
 import secrets
 import socket
-import threading
+import time
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -130,8 +131,7 @@ class MqttLink:
         self._events: queue.SimpleQueue[Message | Connected | Disconnected] = queue.SimpleQueue()
         self._patterns: list[str] = []
         self._failures = 0
-        self._waiting: set[int] = set()
-        self._unacknowledged = threading.Condition()
+        self._sent: deque[mqtt.MQTTMessageInfo] = deque()
         host, port = _address(url)
         self._client = mqtt.Client(
             CallbackAPIVersion.VERSION2, client_id=client_id, clean_session=True, protocol=mqtt.MQTTv311
@@ -144,7 +144,6 @@ class MqttLink:
         self._client.on_disconnect = self._on_disconnect
         self._client.on_connect_fail = self._on_connect_fail
         self._client.on_message = self._on_message
-        self._client.on_publish = self._on_publish
         self._client.on_socket_open = self._on_socket_open
         self._client.connect_async(host, port, keepalive=_KEEPALIVE_S)
         self._client.loop_start()
@@ -152,8 +151,9 @@ class MqttLink:
     def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
         """Send at least once if the link is up or comes up; never blocks."""
         self.traffic.sent(topic, payload, 1)
-        with self._unacknowledged:
-            self._waiting.add(self._client.publish(topic, payload, qos=1, retain=retain).mid)
+        self._sent.append(self._client.publish(topic, payload, qos=1, retain=retain))
+        while self._sent and _is_over(self._sent[0]):
+            self._sent.popleft()
 
     def subscribe(self, pattern: str) -> None:
         """Receive what matches, now and after every reconnection."""
@@ -171,8 +171,12 @@ class MqttLink:
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until all that was published is acknowledged; return whether it was in time."""
-        with self._unacknowledged:
-            return self._unacknowledged.wait_for(lambda: not self._waiting, timeout_s)
+        deadline = time.monotonic() + timeout_s
+        while self._sent:
+            if not _is_over(self._sent[0], max(0.0, deadline - time.monotonic())):
+                return False
+            self._sent.popleft()
+        return True
 
     def close(self) -> None:
         """Say goodbye; the last will is not sent."""
@@ -212,17 +216,20 @@ class MqttLink:
         # Nagle's algorithm makes a round of ten agents 44 ms instead of 1.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
-    def _on_publish(
-        self, _client: mqtt.Client, _data: Any, message_id: int, _reason: Any, _properties: Any
-    ) -> None:
-        with self._unacknowledged:
-            self._waiting.discard(message_id)
-            self._unacknowledged.notify_all()
-
     def _on_message(self, _client: mqtt.Client, _data: Any, message: mqtt.MQTTMessage) -> None:
         payload = bytes(message.payload)
         self.traffic.received(message.topic, payload, message.qos)
         self._events.put(Message(message.topic, payload))
+
+
+def _is_over(info: mqtt.MQTTMessageInfo, timeout_s: float = 0.0) -> bool:
+    """Return whether a message was acknowledged, or is one that paho cannot tell about."""
+    try:
+        if timeout_s > 0:
+            info.wait_for_publish(timeout_s)
+        return info.is_published()
+    except (ValueError, RuntimeError):  # the queue was full, or there was no connection when it was queued
+        return True
 
 
 def _address(url: str) -> tuple[str, int]:

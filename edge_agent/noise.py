@@ -4,8 +4,12 @@ A perturbation is never stored and never sent. Whoever knows its key can ask for
 position, and gets the same integers bit for bit on any machine, because 32- and 64-bit integer
 arithmetic alone decides them. This module does not know what the noise is used for.
 
-A value is the sum of the four bytes of a 32-bit hash, less 510: an integer in [-510, 510] with mean
-0, variance 21845 and kurtosis 2.70; times :data:`UNIT` it has variance 1.
+A value is the number of ones among four bits of a 32-bit hash, less 2: an integer in [-2, 2] with
+mean 0, variance exactly 1 and kurtosis 2.5. One hash word serves eight values, which is what brings
+a perturbation near the speed of memory; zeroth-order steps ask for no finer distribution.
+
+The layout, so that any SIMD width writes in order: 16 consecutive words serve 128 consecutive
+elements; element 128 c + 16 k + l takes bits 4 k to 4 k + 3 of word 16 c + l.
 
 Source: the finaliser of SplitMix64 (Steele, Lea, Flood, "Fast Splittable Pseudorandom Number
 Generators", OOPSLA 2014) mixes the key; the multipliers of the hash inside a block are those that
@@ -19,27 +23,33 @@ from numpy.typing import NDArray
 
 __all__ = [
     "BLOCK",
+    "CHUNK",
     "NOISE_VERSION",
-    "UNIT",
+    "SHARE",
     "NoiseKey",
     "block_keys",
-    "byte_sums",
+    "chunk_words",
     "hash_words",
     "mix64",
     "mix64_array",
+    "values",
 ]
 
 NOISE_VERSION = 1
 """Named in every record: other bits are another version."""
 
 BLOCK = 1024
-"""Values that share one mixed key; a power of two."""
+"""Hash words that share one mixed key; a power of two."""
 
-UNIT = 1.0 / 147.80054127099804
-"""Scale that gives a byte sum unit variance: 1 / sqrt(4 * (256**2 - 1) / 12)."""
+SHARE = 8
+"""Elements that one hash word serves."""
+
+CHUNK = 128
+"""Elements that 16 consecutive words serve; a piece costs least if it begins on a multiple."""
 
 _MASK = (1 << 64) - 1
 _GAMMA = 0x9E3779B97F4A7C15
+_PLANES = np.arange(28, -1, -4, dtype=np.uint32)[:, None]
 _LANES = np.arange(BLOCK, dtype=np.uint32) * np.uint32(0x9E3779B1)
 
 
@@ -85,7 +95,7 @@ def block_keys(key: NoiseKey, first: int, count: int) -> NDArray[np.uint64]:
 
 
 def hash_words(key: NoiseKey, start: int, size: int) -> NDArray[np.uint32]:
-    """Return the raw words of elements ``start`` to ``start + size``: shape (size,), uniform on 32 bits.
+    """Return the words ``start`` to ``start + size`` of a key: shape (size,), uniform on 32 bits.
 
     The pieces equal the whole, so that nobody needs to hold more than a piece.
 
@@ -109,9 +119,27 @@ def hash_words(key: NoiseKey, start: int, size: int) -> NDArray[np.uint32]:
     return x.reshape(-1)[start - first * BLOCK :][:size]
 
 
-def byte_sums(words: NDArray[np.uint32]) -> NDArray[np.float32]:
-    """Return the noise that raw words stand for: integers in [-510, 510] as float32, same shape."""
-    pairs = (words & np.uint32(0x00FF00FF)) + ((words >> np.uint32(8)) & np.uint32(0x00FF00FF))
-    pairs += pairs >> np.uint32(16)
-    pairs &= np.uint32(0x7FF)
-    return pairs.view(np.int32).astype(np.float32) - np.float32(510)
+def chunk_words(key: NoiseKey, start: int, size: int) -> NDArray[np.uint32]:
+    """Return the words that serve the elements ``start`` to ``start + size``: shape (chunks, 1, 16).
+
+    The first chunk holds element ``start``, the last one element ``start + size - 1``.
+    """
+    first, last = start // CHUNK, -(-(start + size) // CHUNK)
+    return hash_words(key, first * 16, (last - first) * 16).reshape(-1, 1, 16)
+
+
+def values(key: NoiseKey, start: int, size: int) -> NDArray[np.int32]:
+    """Return the perturbation ``key`` at elements ``start`` to ``start + size``: integers in [-2, 2].
+
+    The pieces equal the whole, so that nobody needs to hold more than a piece.
+
+    Raises:
+        ValueError: ``size`` or ``start`` is negative, or the key is out of range.
+    """
+    x = chunk_words(key, start, size)
+    x -= (x >> np.uint32(1)) & np.uint32(0x55555555)
+    x = (x & np.uint32(0x33333333)) + ((x >> np.uint32(2)) & np.uint32(0x33333333))  # ones of each four bits
+    x = (x + np.uint32(0x66666666)) ^ np.uint32(0x88888888)  # less 2, as signed numbers of four bits
+    signed = (x << _PLANES).view(np.int32)
+    signed >>= 28
+    return signed.reshape(-1)[start % CHUNK :][:size]

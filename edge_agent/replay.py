@@ -18,12 +18,15 @@ from edge_agent.grid import (
     Segment,
     bf16_to_float,
     chunks,
+    finite,
     inverse_root,
     round_update,
+    rounding_words,
     step_scale,
     weighted_noise,
+    whole_scalars,
 )
-from edge_agent.noise import NOISE_VERSION, UNIT
+from edge_agent.noise import NOISE_VERSION
 from edge_agent.optimizer import Normaliser, method_by_code
 from edge_agent.wire import RoundPlan, RoundRecord
 from profiles.errors import DigestError, LogError
@@ -31,7 +34,9 @@ from profiles.errors import DigestError, LogError
 __all__ = ["Replica", "apply_record", "apply_records"]
 
 _ONE_BF16 = np.uint16(0x3F80)
+_SMALLEST_CURVATURE = 1e-30  # far from denormals, which a processor may flush to zero
 _LARGEST_CURVATURE = np.float32(1e30)
+_LARGEST_DESCENT = np.float32(1e15)
 
 
 @dataclass
@@ -117,44 +122,48 @@ def _update(replica: Replica, record: RoundRecord) -> None:
     if constants["smoothing"] > 0:
         replica.normaliser.observe([float(g) for g in record.scalars.reshape(-1)], constants["smoothing"])
         rate = replica.normaliser.divide(rate)
-    amount = np.float32(rate * UNIT / plan.perturbations)
     curvature = replica.curvature_for(plan)
+    parts = [whole_scalars(step) for step in record.scalars]
+    amounts = [finite(rate * unit / plan.perturbations) for _, unit in parts]
     for start, stop, exponent in chunks(replica.segments):
         scale = step_scale(exponent)
         limit = np.float32(WEIGHT_STEPS) / scale
         weights = replica.weights[start:stop]
         root = None if curvature is None else inverse_root(curvature[start:stop])
-        for step in range(plan.steps):
-            total, spare = weighted_noise(plan.keys(step), record.scalars[step], start, stop - start)
-            steps = total * (amount * scale)
+        for step, (wholes, _) in enumerate(parts):
+            keys = plan.keys(step)
+            total = weighted_noise(keys, wholes, start, stop - start)
+            words = rounding_words(keys[0], start, stop - start)
+            steps = total * (amounts[step] * scale)
             if root is not None:
                 steps *= root
-            round_update(steps, spare, RESERVE_STEPS)
+            round_update(steps, words, RESERVE_STEPS)
             steps /= scale
             weights -= steps
             np.clip(weights, -limit, limit, out=weights)
         if curvature is not None and root is not None:
-            total *= np.float32(UNIT / plan.perturbations)
+            total *= finite(parts[-1][1] / plan.perturbations)
             total *= root
             curvature[start:stop] = _learn(
-                curvature[start:stop], total, spare, constants["nu"], constants["floor"]
+                curvature[start:stop], total, words, constants["nu"], constants["floor"]
             )
 
 
 def _learn(
     curvature: NDArray[np.uint16],
     descent: NDArray[np.float32],
-    spare: NDArray[np.uint32],
+    words: NDArray[np.uint32],
     nu: float,
     floor: float,
 ) -> NDArray[np.uint16]:
-    """Return the curvature after a round, in bfloat16 rounded up or down by the lower 16 spare bits.
+    """Return the curvature after a round, in bfloat16 rounded up or down by the lower 16 random bits.
 
     Nearest rounding would never move h once nu times its change is under 0.4 %.
     """
     h = bf16_to_float(curvature) * np.float32(1.0 - nu)
+    np.clip(descent, -_LARGEST_DESCENT, _LARGEST_DESCENT, out=descent)
     descent *= descent
     descent *= np.float32(nu)
     h += descent
-    np.clip(h, np.float32(floor), _LARGEST_CURVATURE, out=h)
-    return ((h.view(np.uint32) + (spare & np.uint32(0xFFFF))) >> np.uint32(16)).astype(np.uint16)
+    np.clip(h, np.float32(max(floor, _SMALLEST_CURVATURE)), _LARGEST_CURVATURE, out=h)
+    return ((h.view(np.uint32) + (words & np.uint32(0xFFFF))) >> np.uint32(16)).astype(np.uint16)

@@ -10,16 +10,19 @@ elementwise do not: the numbers are those of torch's FlopCounterMode. What it le
 Activations are found by liveness: nodes run in graph order, a value lives from the node that makes it to
 its last reader, and shares memory with its input where onnxruntime lets it (views, and activation
 functions whose input nobody else reads). Inputs (x, y, weights) belong to the caller and are not counted.
+What lives at once is less than what becomes resident, since the arena (``arena``) has holes: both are told.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from profiles.arena import Arena
 from profiles.errors import ModelError
 
 if TYPE_CHECKING:
@@ -50,8 +53,10 @@ class Cost:
         params: Elements of all trainable tensors.
         forward_flops: Per sample, 2 for a multiply-add, as torch's flop counter has it.
         elementwise_flops: Per sample, what the flop counter leaves out.
-        activation_bytes_per_sample: What each sample of a batch adds to the peak.
-        activation_bytes_fixed: What the peak holds beside that.
+        activation_bytes_per_sample: Resident bytes that each sample adds, the holes of the arena included.
+        activation_bytes_fixed: Resident bytes beside that.
+        live_bytes_per_sample: What each sample adds to the bytes that live at once: the least that an
+            allocator without holes could do.
         weight_bytes: Bytes of all trainable tensors, without the gaps of the bundle's layout.
     """
 
@@ -60,10 +65,11 @@ class Cost:
     elementwise_flops: int
     activation_bytes_per_sample: int
     activation_bytes_fixed: int
+    live_bytes_per_sample: int
     weight_bytes: int
 
     def activation_bytes(self, batch_size: int) -> int:
-        """Return the bytes that a forward pass of ``batch_size`` samples holds at its peak."""
+        """Return the resident bytes of a forward pass of ``batch_size`` samples, inputs not counted."""
         return self.activation_bytes_fixed + batch_size * self.activation_bytes_per_sample
 
     def as_dict(self) -> dict[str, int]:
@@ -77,7 +83,7 @@ class Cost:
         Raises:
             ModelError: A field is missing.
         """
-        found = {"elementwise_flops": 0, **fields, "params": params}
+        found = {"elementwise_flops": 0, "live_bytes_per_sample": 0, **fields, "params": params}
         missing = cls.__dataclass_fields__.keys() - found.keys()
         if missing:
             raise ModelError(f"The manifest's cost lacks {', '.join(sorted(missing))}.")
@@ -109,17 +115,20 @@ def graph_cost(graph: bytes | Path | onnx.ModelProto, *, data: Sequence[str] = (
         if type(error).__name__ != "DecodeError":
             raise
         raise ModelError("The graph is not an ONNX model.") from error
-    step = _BATCHES[1] - _BATCHES[0]
-    peaks = one.peak_bytes(), many.peak_bytes()
-    # The peak is the greatest of several lines in the batch size: the chord never lies below it between
-    # the two sizes, and hardly beyond them, since what does not grow with the batch is small.
-    per_sample = -(-(peaks[1] - peaks[0]) // step)
+    least, most = _BATCHES
+    step = most - least
+    # The chord between the two sizes. The live peak is the greatest of several lines, so that the chord is
+    # never below it in between; regions grow by powers of two, so that the arena is above it at most by a
+    # fifth at a size between two powers.
+    resident = one.resident_bytes(), many.resident_bytes()
+    per_sample = -(-(resident[1] - resident[0]) // step)
     return Cost(
         params=one.params,
         forward_flops=(many.flops - one.flops) // step,
         elementwise_flops=(many.elementwise - one.elementwise) // step,
         activation_bytes_per_sample=per_sample,
-        activation_bytes_fixed=max(0, peaks[0] - per_sample * _BATCHES[0]),
+        activation_bytes_fixed=max(0, resident[0] - per_sample * least),
+        live_bytes_per_sample=-(-(many.live_bytes() - one.live_bytes()) // step),
         weight_bytes=one.weight_bytes,
     )
 
@@ -219,32 +228,52 @@ class _Pass:
             return 0
         return max(self.size(name) for name in (*node.input, node.output[0]) if name)
 
-    def peak_bytes(self) -> int:
+    def live_bytes(self) -> int:
         """Return the most bytes that live at once while the nodes run in order."""
-        readers = self._readers()
-        buffer: dict[str, int] = {}  # value -> the buffer it lies in; inputs lie in none
-        held: dict[int, int] = {}  # buffer -> bytes
-        names: dict[int, int] = {}  # buffer -> readers still to come, of all values that lie in it
+        sizes: dict[int, int] = {}
         live = peak = 0
-        for place, node in enumerate(self.nodes):
+        for buffer, size in self._requests():
+            live += size - sizes.get(buffer, 0)
+            sizes[buffer] = size
+            peak = max(peak, live)
+        return peak
+
+    def resident_bytes(self) -> int:
+        """Return the bytes that onnxruntime's arena makes resident for the same."""
+        arena, held = Arena(), {}
+        for buffer, size in self._requests():
+            if size:
+                held[buffer] = arena.take(size)
+            elif buffer in held:
+                arena.give_back(held.pop(buffer))
+        return arena.resident_bytes
+
+    def _requests(self) -> Iterator[tuple[int, int]]:
+        """Yield (buffer, bytes) where a buffer is taken, and (buffer, 0) where it is given back."""
+        readers = self._readers()
+        lies_in: dict[str, int] = {}  # value -> the buffer it lies in; inputs lie in none
+        to_come: dict[int, int] = {}  # buffer -> readers still to come, of all values that lie in it
+        fresh = itertools.count()
+        for node in self.nodes:
             for name in filter(None, node.output):
-                shared = self._shared(node, name, readers, buffer)
-                if shared is None and node.op_type not in _FREE and not self._fused(node):
-                    shared = place
-                    held[place] = held.get(place, 0) + self.bytes(name)
-                    live += self.bytes(name)
-                if shared is not None:
-                    buffer[name] = shared
-                    names[shared] = names.get(shared, 0) + readers.get(name, 0) + (name in self.kept)
-            between = self.bytes(node.output[0]) if node.op_type in _TWO_STEPS else 0
-            peak = max(peak, live + between)
+                buffer = self._shared(node, name, readers, lies_in)
+                if buffer is None and node.op_type not in _FREE and not self._fused(node):
+                    buffer = next(fresh)
+                    yield buffer, self.bytes(name)
+                if buffer is not None:
+                    lies_in[name] = buffer
+                    to_come[buffer] = to_come.get(buffer, 0) + readers.get(name, 0) + (name in self.kept)
+            if node.op_type in _TWO_STEPS:
+                between = next(fresh)
+                yield between, self.bytes(node.output[0])
+                yield between, 0
             for name in filter(None, node.input):
                 readers[name] -= 1
-                if name in buffer:
-                    names[buffer[name]] -= 1
-            touched = {buffer[name] for name in (*node.input, *node.output) if name in buffer}
-            live -= sum(held.pop(one) for one in touched if not names[one] and one in held)
-        return peak
+                if name in lies_in:
+                    to_come[lies_in[name]] -= 1
+            for buffer in {lies_in[name] for name in (*node.input, *node.output) if name in lies_in}:
+                if not to_come[buffer]:
+                    yield buffer, 0
 
     def _readers(self) -> dict[str, int]:
         readers: dict[str, int] = {}
@@ -254,17 +283,17 @@ class _Pass:
         return readers
 
     def _shared(
-        self, node: onnx.NodeProto, name: str, readers: Mapping[str, int], buffer: Mapping[str, int]
+        self, node: onnx.NodeProto, name: str, readers: Mapping[str, int], lies_in: Mapping[str, int]
     ) -> int | None:
         """Return the buffer of an input in which an output may lie."""
         if node.op_type in _VIEWS:
-            return buffer.get(node.input[0])
+            return lies_in.get(node.input[0])
         if node.op_type == "Cast" and self.widths[name] == self.widths[node.input[0]]:
-            return buffer.get(node.input[0])
+            return lies_in.get(node.input[0])
         if node.op_type in _IN_PLACE:
             given = node.input[0]
-            if given in buffer and readers[given] == 1 and given not in self.kept:
-                return buffer[given]
+            if given in lies_in and readers[given] == 1 and given not in self.kept:
+                return lies_in[given]
         return None
 
     def _fused(self, node: onnx.NodeProto) -> bool:

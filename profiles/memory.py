@@ -220,7 +220,7 @@ def _status_mib(pid: int | None, field: str) -> float:
 
 
 def _psutil_memory(pid: int | None, field: str) -> float:
-    import psutil  # type: ignore[import-untyped]  # it ships no types
+    import psutil
 
     try:
         return float(getattr(psutil.Process(pid).memory_info(), field)) / _MIB

@@ -202,7 +202,7 @@ def _assemble(
                 present = axes[name][place]
                 if rest or (isinstance(present, Axis) and present != Axis(group.name, block)):
                     raise ModelError(
-                        f"axis {place} of {name} has {size} elements and cannot follow the {group.width} units "
+                        f"axis {place} of {name} has {size} elements and cannot follow {group.width} units "
                         f"of {group.name}",
                         hint="Couple each axis with one group, whose units divide it.",
                     )

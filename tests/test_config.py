@@ -1,5 +1,6 @@
 """Tests of coordinator.config and what it stands on: experiment, overrides, schema."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,6 +63,7 @@ def test_dump_loads_to_an_equal_experiment(write):
     second = load_experiment(write(dump(first), "elsewhere.toml"))
 
     assert second == first
+    assert dump(second) == dump(first)
     assert second.method.constants["nu"] == 0.25
     assert second.agents[0].name == "kitchen-1"
 
@@ -221,3 +223,17 @@ def test_experiment_is_a_value(write):
     assert isinstance(one, Experiment)
     assert one == two
     assert replace(one, seed=8) != two
+
+
+def test_names_in_the_file_are_those_of_the_pruning_floor(write):
+    """Every net and every pruning method that exists can be asked for, and no other."""
+    from pruning.models import MODELS
+    from pruning.prune import METHODS as WAYS
+
+    said = faults_of(write(SMALL), "model.name=?", "pruning.method=?")
+
+    for names in (MODELS, WAYS):
+        assert any(
+            set(re.findall(r"`(\w+)`", line.partition("one of")[2])) == set(names)
+            for line in said.splitlines()
+        )

@@ -12,11 +12,12 @@ from edge_agent.grid import (
     perturb,
     plan_segments,
     round_update,
+    rounding_words,
     snap,
     step_scale,
-    weighted_noise,
+    whole_scalars,
 )
-from edge_agent.noise import UNIT, NoiseKey, byte_sums, hash_words
+from edge_agent.noise import NoiseKey, values
 
 SIZE = 5000
 
@@ -65,7 +66,7 @@ def test_a_perturbation_moves_weights_by_epsilon_z(flat):
     weights, segments = flat
     before = weights.copy()
     perturb(weights, segments, [Term(key(0), 1)], epsilon=1e-3)
-    expected = 1e-3 * UNIT * byte_sums(hash_words(key(0), 0, SIZE))
+    expected = 1e-3 * values(key(0), 0, SIZE)
     half_step = 0.5 / np.array([step_scale(s.exponent) for s in segments for _ in range(s.stop - s.start)])
     assert np.all(np.abs(weights - before - expected) <= half_step * 1.001)
 
@@ -113,22 +114,30 @@ def test_private_moves_are_taken_back_exactly(flat, curvature):
 def test_update_rounding_keeps_the_mean():
     """An update of 0.01 grid steps moves weights by 0.01 steps in the mean, five standard errors wide."""
     size = 1 << 20
-    _, spare = weighted_noise([key(0)], [np.float32(1)], 0, size)
-    moved = round_update(np.full(size, 0.01, np.float32), spare, RESERVE_STEPS)
+    moved = round_update(np.full(size, 0.01, np.float32), rounding_words(key(0), 0, size), RESERVE_STEPS)
     assert set(np.unique(moved)) == {0.0, 1.0}
     assert abs(moved.mean(dtype=np.float64) - 0.01) < 5 * np.sqrt(0.01 / size)
 
 
 def test_update_rounding_does_not_follow_the_noise():
-    """With a single perturbation the dither is independent of the direction it rounds."""
+    """The random words by which weights and curvature are rounded correlate with nothing."""
     size = 1 << 20
-    noise, spare = weighted_noise([key(0)], [np.float32(1)], 0, size)
-    dither = (spare >> 16).astype(np.float64) / 65536 - 0.5
-    curved = (spare & 0xFFFF).astype(np.float64) / 65536 - 0.5
+    noise, words = values(key(0), 0, size), rounding_words(key(0), 0, size)
+    dither = (words >> 9).astype(np.float64)
+    curved = (words & 0xFFFF).astype(np.float64)
     for other in (noise, np.abs(noise)):
         assert abs(np.corrcoef(dither, other)[0, 1]) < 5 / np.sqrt(size)
         assert abs(np.corrcoef(curved, other)[0, 1]) < 5 / np.sqrt(size)
-    assert abs(np.corrcoef(dither, curved)[0, 1]) < 5 / np.sqrt(size)
+    for plane in range(1, 8):  # eight elements share a hash word
+        assert abs(np.corrcoef(dither[16 * plane :], dither[: -16 * plane])[0, 1]) < 5 / np.sqrt(size)
+
+
+def test_scalars_become_whole_numbers_to_a_thirty_thousandth():
+    """The whole numbers times their unit are the scalars, to half a unit; the largest is exact."""
+    scalars = np.array([3.0, -7.5, 0.001, 0.0], np.float32)
+    wholes, unit = whole_scalars(scalars)
+    assert np.abs(wholes).max() == 16256
+    assert np.abs(wholes * unit - scalars).max() <= unit / 2 * 1.001
 
 
 def test_neighbours_with_one_grid_are_joined():

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from edge_agent.noise import BLOCK, UNIT, NoiseKey, byte_sums, hash_words, mix64, mix64_array
+from edge_agent.noise import BLOCK, NoiseKey, hash_words, mix64, mix64_array, values
 
 KEY = NoiseKey(seed=7, round=3, step=0, perturbation=1)
 
@@ -35,7 +35,7 @@ def test_first_words_are_pinned():
 
 def test_first_values_are_pinned():
     """So are the values made of them."""
-    assert byte_sums(hash_words(KEY, 0, 8)).tolist() == [-230, -228, -238, 141, -133, 226, 122, -101]
+    assert values(KEY, 0, 12).tolist() == [2, 0, 0, 0, 1, 2, 1, 0, -2, 0, -1, -1]
 
 
 def test_a_word_far_out_is_pinned():
@@ -51,25 +51,34 @@ def test_pieces_equal_the_whole(cut):
     assert np.array_equal(np.concatenate(pieces), whole)
 
 
+@pytest.mark.parametrize("cut", [0, 1, 127, 128, 129, 8192, 9000])
+def test_pieces_of_values_equal_the_whole(cut):
+    """So do pieces of values, across chunks and blocks."""
+    pieces = [values(KEY, 0, cut), values(KEY, cut, 10_000 - cut)]
+    assert np.array_equal(np.concatenate(pieces), values(KEY, 0, 10_000))
+
+
 def test_different_keys_never_share_a_perturbation():
     """No two of 10,000 neighbouring keys share their first four words."""
     keys = [NoiseKey(*fields) for fields in itertools.product(range(10), repeat=4)]
     assert len({hash_words(key, 0, 4).tobytes() for key in keys}) == 10_000
 
 
-def test_byte_sums_match_a_sum_of_bytes():
-    """A value is the sum of the word's four bytes less 510."""
-    words = hash_words(KEY, 0, 1000)
-    expected = words.view(np.uint8).reshape(-1, 4).sum(axis=1).astype(np.float32) - 510
-    assert np.array_equal(byte_sums(words), expected)
+def test_values_are_counts_of_ones():
+    """Element 128 c + 16 k + l is the number of ones among bits 4k to 4k + 3 of word 16 c + l, less 2."""
+    words = hash_words(KEY, 0, 64).tolist()
+    for element, value in enumerate(values(KEY, 0, 512).tolist()):
+        chunk, inside = divmod(element, 128)
+        plane, lane = divmod(inside, 16)
+        assert value == (words[16 * chunk + lane] >> 4 * plane & 15).bit_count() - 2
 
 
-def test_moments_are_those_of_four_uniform_bytes():
-    """Mean 0, variance 1 and kurtosis 2.70 within five standard errors over 2**21 values."""
-    values = byte_sums(hash_words(KEY, 0, 1 << 21)).astype(np.float64) * UNIT
-    assert abs(values.mean()) < 5 / np.sqrt(values.size)
-    assert abs(values.var() - 1) < 5 * np.sqrt(1.7 / values.size)
-    assert abs((values**4).mean() - 2.7) < 0.02
+def test_moments_are_those_of_four_bits():
+    """Mean 0, variance 1 and kurtosis 2.5 within five standard errors over 2**21 values."""
+    drawn = values(KEY, 0, 1 << 21).astype(np.float64)
+    assert abs(drawn.mean()) < 5 / np.sqrt(drawn.size)
+    assert abs(drawn.var() - 1) < 5 * np.sqrt(1.5 / drawn.size)
+    assert abs((drawn**4).mean() - 2.5) < 0.02
 
 
 def test_neighbouring_perturbations_do_not_correlate():
@@ -78,7 +87,7 @@ def test_neighbouring_perturbations_do_not_correlate():
     Raw sequential keys give 840 in this test.
     """
     keys = [NoiseKey(7, n // 8, n % 8 // 4, n % 4) for n in range(512)]
-    rows = np.stack([byte_sums(hash_words(key, 0, 512)) for key in keys]).astype(np.float64) * UNIT
+    rows = np.stack([values(key, 0, 512) for key in keys]).astype(np.float64)
     assert np.linalg.eigvalsh(rows @ rows.T / 512)[-1] < 4.4
 
 

@@ -114,9 +114,7 @@ def test_forgotten_reader_is_an_error():
 
 def test_wrong_coupling_is_an_error():
     """Units that do not divide the axis, or a path that is no layer, are refused by name."""
-    with pytest.raises(
-        ModelError, match=r"axis 0 of up.weight has 40 elements and cannot follow the 7 units"
-    ):
+    with pytest.raises(ModelError, match=r"axis 0 of up.weight has 40 elements and cannot follow 7 units"):
         declare_structure(Ffn(), [Coupling("n", 7, ("up",), ("down",))], sample_shape=(7, 24))
     with pytest.raises(ModelError, match="'mlp' is no module"):
         declare_structure(Ffn(), [Coupling("n", 7, ("mlp",), ())], sample_shape=(7, 24))
