@@ -87,7 +87,7 @@ def export_gated_bundle(
     classes: int,
     cost: Callable[[bytes], Mapping[str, int]],
 ) -> Bundle:
-    """Write a bundle whose tensors are the net's and then a gate of ones per group.
+    """Write a bundle whose graph takes a gate per group beside the weights.
 
     Args:
         module: A net with the weights that are to be scored.
@@ -100,13 +100,11 @@ def export_gated_bundle(
     """
     exported = export_graph(module, sample_shape=sample_shape, classes=classes)
     graph = gated_graph(exported.graph, structure)
-    gates = {GATE_PREFIX + g.name: np.ones(g.width, np.float32) for g in structure.groups}
-    values = {**exported.weights, **gates}
-    tensors, size = flat_layout([(name, v.shape) for name, v in values.items()])
+    tensors, size = flat_layout([(name, v.shape) for name, v in exported.weights.items()])
     flat = np.zeros(size, np.float32)
     for tensor in tensors:
-        flat[tensor.offset : tensor.offset + tensor.size] = values[tensor.name].reshape(-1)
-    facts: dict[str, Any] = {"method": "gates", "gates": {g.name: g.width for g in structure.groups}}
+        flat[tensor.offset : tensor.offset + tensor.size] = exported.weights[tensor.name].reshape(-1)
+    facts: dict[str, Any] = {"method": "gates", "gates": [[g.name, g.width] for g in structure.groups]}
     return write_bundle(
         folder,
         graph=graph,

@@ -6,12 +6,14 @@ import torch
 from scipy.stats import spearmanr
 from torch.func import functional_call
 
-from edge_agent.bundle import Tensor
+from edge_agent.bundle import read_bundle
 from edge_agent.forward import Forward
-from edge_agent.gates import gate_scores, gates_of
-from edge_agent.noise import UNIT, NoiseKey, byte_sums, hash_words
+from edge_agent.gates import gate_scores, open_gates
+from edge_agent.grid import Term, perturb
+from edge_agent.noise import NoiseKey
 from profiles.cost import graph_cost
 from profiles.errors import BundleError, ModelError
+from pruning.export import export_bundle
 from pruning.gates import choose_units, export_gated_bundle, gate_derivatives, split_scores
 from pruning.models import build_model, model_structure
 
@@ -42,23 +44,23 @@ def trained(name, *, steps=60):
 
 
 def gated(name, folder, **options):
-    """Return the trained net, its structure, inputs, gated bundle, replica and a forward of it."""
+    """Return the trained net, its structure, inputs, a replica, its gates and a forward of both."""
     net, structure, inputs = trained(name, **options)
     bundle = export_gated_bundle(
         net, folder, structure, model=name, sample_shape=SHAPES[name], classes=4, cost=cost
     )
-    replica = bundle.replica()
-    return net, structure, inputs, bundle, replica, Forward(bundle, replica.weights)
+    replica, gates = bundle.replica(), open_gates(bundle)
+    return net, structure, inputs, replica, gates, Forward(bundle, replica.weights, others=gates.inputs)
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_open_gates_change_nothing_and_closed_ones_cut(name, tmp_path):
     """All gates at 1 give the net's logits; a closed gate gives those of a net whose readers see zero."""
-    net, structure, inputs, bundle, replica, forward = gated(name, tmp_path, steps=3)
+    net, structure, inputs, _, gates, forward = gated(name, tmp_path, steps=3)
     expected = net(inputs).detach().numpy()
     assert np.abs(forward.logits(inputs.numpy()) - expected).max() < 1e-5 * max(1, np.abs(expected).max())
 
-    for gate, group in zip(gates_of(bundle.tensors), structure.groups, strict=True):
+    for group in structure.groups:
         unit = group.width // 2
         weights = {k: p.detach().clone() for k, p in net.named_parameters()}
         for layer in structure.layers:
@@ -66,27 +68,27 @@ def test_open_gates_change_nothing_and_closed_ones_cut(name, tmp_path):
                 if place and not isinstance(axis, int) and axis.group == group.name:
                     block = slice(unit * axis.block, (unit + 1) * axis.block)
                     weights[layer.name].movedim(place, 0)[block] = 0
-        replica.weights[gate.offset + unit] = 0
+        gates.inputs[f"gate.{group.name}"][unit] = 0
         cut = functional_call(net, weights, (inputs,)).detach().numpy()
         assert np.abs(forward.logits(inputs.numpy()) - cut).max() < 1e-5 * max(1, np.abs(cut).max())
         assert np.abs(cut - expected).max() > 1e-4
-        replica.weights[gate.offset + unit] = 1
+        gates.inputs[f"gate.{group.name}"][unit] = 1
 
 
 @pytest.mark.parametrize("name", ["lenet", "dscnn", "mlp"])
 def test_scores_rank_units_as_autograd_does(name, tmp_path):
     """Over all units of the net, forward-only scores have a Spearman above 0.98 with autograd's."""
-    net, structure, inputs, bundle, replica, forward = gated(name, tmp_path)
+    net, structure, inputs, replica, gates, forward = gated(name, tmp_path)
     x = inputs.numpy()
-    found = gate_scores(replica, gates_of(bundle.tensors), lambda: forward.logits(x), keys=KEYS, epsilon=0.01)
+    found = gate_scores(replica, gates, lambda: forward.logits(x), keys=KEYS, epsilon=0.01)
     shifts = []
+    tensors = read_bundle(tmp_path).tensors
     for key in KEYS:
-        z = byte_sums(hash_words(key, 0, bundle.size)) * np.float32(0.01 * UNIT)
+        moved = read_bundle(tmp_path).replica()
+        perturb(moved.weights, moved.segments, [Term(key, 1)], epsilon=0.01)
+        z = moved.weights - replica.weights
         shifts.append(
-            {
-                t.name: torch.from_numpy(z[t.offset : t.offset + t.size].reshape(t.shape))
-                for t in bundle.tensors
-            }
+            {t.name: torch.from_numpy(z[t.offset : t.offset + t.size].reshape(t.shape)) for t in tensors}
         )
     exact = gate_derivatives(net, structure, inputs, shifts)
     ranked = split_scores(structure, found.scores)
@@ -97,14 +99,14 @@ def test_scores_rank_units_as_autograd_does(name, tmp_path):
 
 def test_replica_comes_back_bit_for_bit(tmp_path):
     """After scoring the replica has the bits it had, and the forwards are counted as they happened."""
-    _, structure, inputs, bundle, replica, forward = gated("mlp", tmp_path, steps=3)
+    _, structure, inputs, replica, gates, forward = gated("mlp", tmp_path, steps=3)
     before, calls = replica.weights.copy(), []
 
     def logits():
         calls.append(1)
         return forward.logits(inputs.numpy())
 
-    found = gate_scores(replica, gates_of(bundle.tensors), logits, keys=KEYS, epsilon=0.01)
+    found = gate_scores(replica, gates, logits, keys=KEYS, epsilon=0.01)
     assert np.array_equal(before.view(np.uint32), replica.weights.view(np.uint32))
     units = sum(g.width for g in structure.groups)
     assert found.scores.shape == (units,)
@@ -113,8 +115,7 @@ def test_replica_comes_back_bit_for_bit(tmp_path):
 
 def test_scores_of_agents_add_up(tmp_path):
     """The score over the union of two agents' inputs is the mean of theirs, weighted by their inputs."""
-    _, _, inputs, bundle, replica, forward = gated("mlp", tmp_path, steps=3)
-    gates = gates_of(bundle.tensors)
+    _, _, inputs, replica, gates, forward = gated("mlp", tmp_path, steps=3)
 
     def score(x):
         return gate_scores(replica, gates, lambda: forward.logits(x), keys=KEYS, epsilon=0.01)
@@ -141,7 +142,11 @@ def test_more_units_than_there_are_is_refused():
         choose_units(structure, scores, {"hidden1": 65, "hidden2": 4})
 
 
-def test_bundle_without_gates_is_refused():
+def test_bundle_without_gates_is_refused(tmp_path):
     """The message says what is missing."""
+    net = build_model("mlp", sample_shape=(5,), classes=4)
+    bundle = export_bundle(
+        net, tmp_path, model="mlp", sample_shape=(5,), classes=4, pruning={"method": "none"}, cost=cost
+    )
     with pytest.raises(BundleError, match="no gates"):
-        gates_of([Tensor("w", (3,), 0)])
+        open_gates(bundle)
