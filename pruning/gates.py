@@ -10,7 +10,7 @@ it). Activations are not touched, so that a gate costs one product per weight an
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from edge_agent.bundle import Bundle, flat_layout, write_bundle
+from edge_agent.bundle import Bundle
 from edge_agent.gates import GATE_PREFIX
 from profiles.errors import ModelError
-from pruning.export import export_graph
+from pruning.export import Exported, export_graph, write_exported
 from pruning.structure import Axis, Structure, TensorShape
 
 if TYPE_CHECKING:
@@ -99,22 +99,15 @@ def export_gated_bundle(
         cost: Reads an ONNX file and returns what its forward takes.
     """
     exported = export_graph(module, sample_shape=sample_shape, classes=classes)
-    graph = gated_graph(exported.graph, structure)
-    tensors, size = flat_layout([(name, v.shape) for name, v in exported.weights.items()])
-    flat = np.zeros(size, np.float32)
-    for tensor in tensors:
-        flat[tensor.offset : tensor.offset + tensor.size] = exported.weights[tensor.name].reshape(-1)
-    facts: dict[str, Any] = {"method": "gates", "gates": [[g.name, g.width] for g in structure.groups]}
-    return write_bundle(
+    gated = Exported(gated_graph(exported.graph, structure), exported.weights, exported.error)
+    return write_exported(
+        gated,
         folder,
-        graph=graph,
-        weights=flat,
-        tensors=tensors,
         model=model,
+        sample_shape=sample_shape,
         classes=classes,
-        sample_shape=tuple(sample_shape),
-        cost=cost(graph),
-        pruning=facts,
+        pruning={"method": "gates", "gates": [[g.name, g.width] for g in structure.groups]},
+        cost=cost,
     )
 
 

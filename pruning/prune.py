@@ -20,20 +20,20 @@ from profiles.errors import ModelError
 from pruning.allocation import Spend, allocate, fractions_from_densities
 from pruning.baselines import ALL_SCORES, ONE_SHOT
 from pruning.export import export_bundle, export_graph
-from pruning.masks import densities_of, schedule
+from pruning.masks import Masks, densities_of, schedule
 from pruning.models import Net, build_model, choose_model, model_structure
-from pruning.saliency import make_probe
+from pruning.saliency import Probe, make_probe
 from pruning.structure import Structure
 from pruning.weights import derive_seed
 
-__all__ = ["METHODS", "Budget", "Pruned", "prune_model", "write_pruned"]
+__all__ = ["METHODS", "Allowance", "Pruned", "find_masks", "prune_model", "write_pruned"]
 
 METHODS = ("none", "uniform", *ALL_SCORES)
 """Names of all methods: no pruning, one factor for all widths, and every saliency."""
 
 
 @dataclass(frozen=True)
-class Budget:
+class Allowance:
     """What a narrow net may cost.
 
     Attributes:
@@ -50,7 +50,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         if (self.spend is None) != (self.unit in ("params", "macs")):
-            raise ValueError(f"a budget of {self.unit!r} and spend={self.spend} do not go together")
+            raise ValueError(f"an allowance of {self.unit!r} and spend={self.spend} do not go together")
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Pruned:
         module: The narrow net, in evaluation mode.
         model: Its name, never ``auto``.
         method: One of METHODS.
-        density: Fraction of the parameters that was asked to stay; with another budget, that did stay.
+        density: Fraction of the parameters that was asked to stay; with another allowance, that did stay.
         seed: Names the saliency's draws and the fresh weights.
         widths_dense: Units per group before.
         widths: Units per group after.
@@ -97,7 +97,7 @@ def prune_model(
     classes: int,
     method: str = "ntk",
     density: float = 0.5,
-    budget: Budget | None = None,
+    allowance: Allowance | None = None,
     draws: int = 5,
     schedule_steps: int = 20,
     seed: int = 0,
@@ -113,8 +113,8 @@ def prune_model(
         sample_shape: (features,) or (channels, height, width).
         classes: Number of classes.
         method: One of METHODS.
-        density: Fraction of the parameters that stays, in (0, 1]; not used where there is a budget.
-        budget: What the narrow net may cost; ``density`` of the parameters if None. Under a budget of
+        density: Fraction of the parameters that stays, in (0, 1]; not used where there is an allowance.
+        allowance: What the narrow net may cost; ``density`` of the parameters if None. Under one of
             ``macs`` the saliency of a weight counts per multiply-accumulate.
         draws: Independent draws per step of the schedule.
         schedule_steps: Cuts until the density is reached.
@@ -126,7 +126,7 @@ def prune_model(
         progress: Called with the cuts done and all cuts.
 
     Raises:
-        ModelError: The density is outside (0, 1], the budget is below the narrowest net (the message has
+        ModelError: The density is outside (0, 1], the allowance is below the narrowest net (the message has
             the minimum), the method needs labelled samples, or the net cannot be built for this input or
             output.
     """
@@ -136,32 +136,37 @@ def prune_model(
         )
     name = choose_model(name, sample_shape=sample_shape)
     structure = model_structure(name, sample_shape=sample_shape, classes=classes, hidden=hidden)
-    allowed = _budget_of_density(structure, name, density) if budget is None else budget
+    allowed = _allowance_of_density(structure, name, density) if allowance is None else allowance
     spend = allowed.spend or getattr(structure, allowed.unit)
     densities: dict[str, float] = {}
     widths = structure.dense
     if method != "none" and spend(widths) > allowed.amount:
-        even = _allocate(structure, dict.fromkeys(widths, 1.0), spend, allowed)
         fractions = dict.fromkeys(widths, 1.0)
+        widths = _allocate(structure, fractions, spend, allowed)
         if method == "random":
             fractions = _random_fractions(structure, seed)
         elif method != "uniform":
-            net = build_model(name, sample_shape=sample_shape, classes=classes, hidden=hidden, seed=seed)
-            samples = None if labelled is None else _standardised(labelled, standardise, classes)
-            probe = make_probe(net, sample_shape=sample_shape, draws=draws, seed=seed, labelled=samples)
             unit = "macs" if allowed.unit == "macs" else "params"
             whole = getattr(structure, unit)
-            masks = schedule(
-                lambda masks, step: ALL_SCORES[method](probe, masks, step),
-                probe.masks(),
-                whole(even) / whole(structure.dense),
-                steps=1 if method in ONE_SHOT else schedule_steps,
+            probe = make_probe(
+                build_model(name, sample_shape=sample_shape, classes=classes, hidden=hidden, seed=seed),
+                sample_shape=sample_shape,
+                draws=draws,
+                seed=seed,
+                labelled=None if labelled is None else _standardised(labelled, standardise, classes),
+            )
+            masks = find_masks(
+                probe,
+                method=method,
+                density=whole(widths) / whole(structure.dense),
+                steps=schedule_steps,
                 costs={t.name: t.positions for t in structure.layers} if unit == "macs" else None,
                 progress=progress,
             )
             densities = densities_of(masks)
             fractions = fractions_from_densities(structure, densities)
-        widths = even if method == "uniform" else _allocate(structure, fractions, spend, allowed)
+        if method != "uniform":
+            widths = _allocate(structure, fractions, spend, allowed)
     total = structure.params(structure.dense)
     module = build_model(
         name,
@@ -176,7 +181,7 @@ def prune_model(
         module=module,
         model=name,
         method=method,
-        density=density if budget is None and method != "none" else structure.params(widths) / total,
+        density=density if allowance is None and method != "none" else structure.params(widths) / total,
         seed=seed,
         widths_dense=structure.dense,
         widths=widths,
@@ -185,6 +190,35 @@ def prune_model(
         macs_dense=structure.macs(structure.dense),
         macs=structure.macs(widths),
         densities=densities,
+    )
+
+
+def find_masks(
+    probe: Probe,
+    *,
+    method: str,
+    density: float,
+    steps: int = 20,
+    costs: Mapping[str, float] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Masks:
+    """Return masks that keep ``density`` of a probe's prunable weights by the scores of a method.
+
+    Args:
+        probe: The net and its draws.
+        method: One of :data:`pruning.baselines.ALL_SCORES`.
+        density: Fraction that stays, in (0, 1], of the weights or of their cost.
+        steps: Cuts of the schedule, for methods that follow one.
+        costs: What a weight of each layer costs; 1 if None.
+        progress: Called with the cuts done and all cuts.
+    """
+    return schedule(
+        lambda masks, step: ALL_SCORES[method](probe, masks, step),
+        probe.masks(),
+        density,
+        steps=1 if method in ONE_SHOT else steps,
+        costs=costs,
+        progress=progress,
     )
 
 
@@ -219,7 +253,7 @@ def write_pruned(pruned: Pruned, folder: Path, *, cost: Callable[[bytes], Mappin
     )
 
 
-def _budget_of_density(structure: Structure, name: str, density: float) -> Budget:
+def _allowance_of_density(structure: Structure, name: str, density: float) -> Allowance:
     if not 0 < density <= 1:
         raise ModelError(
             f"density = {density} is outside (0, 1]", hint="Density is the fraction of parameters that stays."
@@ -232,14 +266,19 @@ def _budget_of_density(structure: Structure, name: str, density: float) -> Budge
             f"`{name}` has {least:,}",
             hint=f"Choose a density of at least {math.ceil(least / total * 1e4) / 1e4}, or a smaller model.",
         )
-    return Budget("params", density * total)
+    return Allowance("params", density * total)
 
 
 def _allocate(
-    structure: Structure, fractions: Mapping[str, float], spend: Spend, budget: Budget
+    structure: Structure, fractions: Mapping[str, float], spend: Spend, allowance: Allowance
 ) -> dict[str, int]:
     found = allocate(
-        structure, fractions, spend=spend, budget=budget.amount, unit=budget.unit, tolerance=budget.tolerance
+        structure,
+        fractions,
+        spend=spend,
+        budget=allowance.amount,
+        unit=allowance.unit,
+        tolerance=allowance.tolerance,
     )
     return found.widths
 
