@@ -7,7 +7,7 @@ Every score is the derivative of a scalar by the *mask* m that multiplies the we
 summed over a channel is the score of the channel (:func:`group_scores`).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +28,7 @@ __all__ = [
     "ntk_draw",
     "ntk_sap",
     "output_layer",
+    "sum_draws",
 ]
 
 
@@ -142,10 +143,15 @@ def ntk_sap(probe: Probe, masks: Mapping[str, Tensor], step: int = 0) -> dict[st
     Source: Wang et al., "NTK-SAP: Improving neural network pruning by aligning training dynamics",
     ICLR 2023, equation 10 and algorithm 1.
     """
-    total = {name: torch.zeros_like(mask, dtype=torch.float64) for name, mask in masks.items()}
-    for draw in range(probe.draws):
-        for name, gradient in ntk_draw(probe, masks, step, draw)[1].items():
-            total[name] += gradient
+    return sum_draws(ntk_draw(probe, masks, step, draw)[1] for draw in range(probe.draws))
+
+
+def sum_draws(draws: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the absolute value of the sum of signed gradients, in float64 and in the order given."""
+    total: dict[str, Tensor] = {}
+    for draw in draws:
+        for name, gradient in draw.items():
+            total[name] = gradient.double() + total[name] if name in total else gradient.double()
     return {name: value.abs() for name, value in total.items()}
 
 
