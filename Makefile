@@ -7,7 +7,7 @@ EXPERIMENT := examples/digits.toml
 DEMO := runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow lint format tree figures clean
+.PHONY: help demo test slow chaos lint format tree figures clean
 
 help:  ## list what make can do here
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -24,6 +24,12 @@ test: $(READY)  ## run the tests, all but the slow ones
 
 slow: $(READY)  ## run the slow tests: minutes, not seconds
 	@$(BIN)/python -m pytest -m slow
+
+SEED := 7
+ROUNDS := 200
+FAULTS := 60
+chaos: $(READY)  ## run six agents among faults: make chaos SEED=7 ROUNDS=200 FAULTS=60
+	@PYTHONPATH=. $(BIN)/python benchmarks/chaos.py --seed $(SEED) --rounds $(ROUNDS) --faults $(FAULTS)
 
 lint: $(READY)  ## check style and types
 	@$(BIN)/ruff check .

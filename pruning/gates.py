@@ -8,6 +8,7 @@ it: at 0 all readers see zero, as if the unit were gone (but for the statistics 
 it). Activations are not touched, so that a gate costs one product per weight and no memory per sample.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +22,7 @@ from torch.func import functional_call
 from edge_agent.bundle import Bundle
 from edge_agent.gates import GATE_PREFIX
 from profiles.errors import ModelError
-from pruning.export import Exported, export_graph, write_exported
+from pruning.export import export_graph, write_exported
 from pruning.structure import Axis, Structure, TensorShape
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def export_gated_bundle(
         cost: Reads an ONNX file and returns what its forward takes.
     """
     exported = export_graph(module, sample_shape=sample_shape, classes=classes)
-    gated = Exported(gated_graph(exported.graph, structure), exported.weights, exported.error)
+    gated = dataclasses.replace(exported, graph=gated_graph(exported.graph, structure))
     return write_exported(
         gated,
         folder,

@@ -6,6 +6,7 @@ perturbed, never moved and never sent, and the noise is spent on what is left. T
 zeroth-order step and saves nothing else: the forward computes with the dense tensors.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -177,7 +178,8 @@ def mask_graph(exported: Exported, masks: Mapping[str, Tensor]) -> Exported:
     del model.graph.node[:]
     model.graph.node.extend([*nodes, *rest])
     onnx.checker.check_model(model, full_check=True)
-    return Exported(bytes(model.SerializeToString(deterministic=True)), weights, exported.error)
+    graph = bytes(model.SerializeToString(deterministic=True))
+    return dataclasses.replace(exported, graph=graph, weights=weights)
 
 
 def write_masked(masked: Masked, folder: Path, *, cost: Callable[[bytes], Mapping[str, int]]) -> Bundle:
