@@ -19,14 +19,16 @@ from edge_agent.bundle import Bundle, read_bundle
 from edge_agent.data import Samples, batch_indices, load_samples, to_inputs
 from edge_agent.estimator import Estimate, estimate
 from edge_agent.forward import Forward
+from edge_agent.heartbeat import Heartbeat
 from edge_agent.link import Connected, Disconnected, Link, Message, MqttLink
 from edge_agent.replay import Replica
 from edge_agent.state import load_replica, save_replica
+from edge_agent.telemetry import read_telemetry
 from edge_agent.topics import Topics, is_name, shard_of
 from edge_agent.wire import Reply, RoundOpen, SliceRequest, encode
 from profiles.errors import ConfigError, ScalarfedError, StateError
 from profiles.limit import Enforcement, enforce
-from profiles.memory import current_rss_mib, peak_rss_mib
+from profiles.memory import current_rss_mib, peak_rss_mib, pss_mib
 
 __all__ = ["main"]
 
@@ -61,15 +63,27 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the agent until it is told to stop; return the exit code."""
+def main(
+    arguments: Sequence[str] | None = None,
+    *,
+    heart: Heartbeat | None = None,
+    on_failure: Callable[[str], None] = lambda _: None,
+) -> int:
+    """Run the agent until it is told to stop; return the exit code.
+
+    Args:
+        arguments: Options; those of this process where left out.
+        heart: Told of every progress; one for this process's service manager where left out.
+        on_failure: Told why the agent could not go on.
+    """
     options = _parser().parse_args(arguments)
     logging.basicConfig(
         level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stdout
     )
     try:
-        return _Process(options).run()
+        return _Process(options, heart or Heartbeat()).run()
     except ScalarfedError as error:
+        on_failure(str(error))
         _LOG.error("%s", error)
         _LOG.error("hint: %s", error.hint)
         return error.exit_code
@@ -80,7 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 class _Process:
     """Everything around the state machine that touches the machine: memory, files, clock, network."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(self, options: argparse.Namespace, heart: Heartbeat) -> None:
+        self.heart = heart
         for what in ("run", "name", "namespace"):
             if not is_name(getattr(options, what)):
                 raise ConfigError(
@@ -140,10 +155,13 @@ class _Process:
         )
         link.subscribe(self.topics.control)
         link.subscribe(self.topics.answer(self.options.name))
+        self.heart.ready(f"{self.bundle.model} loaded, not yet in run {self.options.run}")
         try:
             while not self.stopping.is_set():
                 self._handle(link, link.receive(0.5))
+                self.heart.progress()
         finally:
+            self.heart.stopping()
             self._save(force=True)
             self.state = "offline"
             self._publish_status(link)
@@ -193,6 +211,8 @@ class _Process:
             if message.text:
                 _LOG.warning("%s: %s", message.state, message.text)
             self.state = message.state
+            if self.agent.shards:
+                self.heart.join(f"in run {self.options.run} as {name}")
             self._publish_status(link)
 
     def _estimate(self, replica: Replica, opened: RoundOpen, number: int) -> Estimate:
@@ -206,7 +226,12 @@ class _Process:
             indices = batch_indices(plan.seed, number, count, opened.batch_size, len(self.samples))
             batch = self.samples.pick(indices)
             x = to_inputs(batch.x)
-            return lambda: forward.loss(x, batch.y)
+
+            def loss() -> float:
+                self.heart.progress()
+                return forward.loss(x, batch.y)
+
+            return loss
 
         return estimate(replica, plan, loss_of_step, central=opened.central)
 
@@ -255,6 +280,7 @@ class _Process:
             "digest": f"{self.agent.replica.digest():016x}",
             "rss_mib": round(current_rss_mib(), 2),
             "peak_rss_mib": round(peak_rss_mib(), 2),
+            "pss_mib": None if (pss := pss_mib()) is None else round(pss, 2),
             "budget_mib": self.options.memory_mib,
             "enforcement": self.enforcement.rung if self.enforcement else "none",
             "samples": len(self.samples),
@@ -262,6 +288,7 @@ class _Process:
             "forwards": self.agent.forwards,
             "dropped": dict(self.agent.dropped),
             "traffic": vars(traffic).copy(),
+            "telemetry": read_telemetry(disk=self.options.state),
         }
         link.publish(self.topics.status(self.options.name), json.dumps(status).encode(), retain=True)
 

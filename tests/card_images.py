@@ -69,7 +69,9 @@ def fsck(image: Path, *, mib: int = 80) -> str:
     with image.open("rb") as file:
         file.seek(START * 512)
         partition.write_bytes(file.read(mib * 2**20))
-    done = subprocess.run([str(FSCK), "-n", "-v", str(partition)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [str(FSCK), "-n", "-v", str(partition)], capture_output=True, text=True, check=False
+    )
     partition.unlink()
     wrong = [line for line in done.stdout.splitlines() if "wrong" in line or "Orphan" in line]
     return "" if done.returncode == 0 and not wrong else done.stdout + done.stderr

@@ -135,9 +135,7 @@ class FatVolume:
         """
         entry = self._find(path)
         if entry is None or entry.is_folder:
-            raise FlashError(
-                f"{path} is not on the partition", hint="`scalarfed flash check` shows what is."
-            )
+            raise FlashError(f"{path} is not on the partition", hint="`scalarfed flash check` shows what is.")
         chain = self._chain(entry.cluster)
         pieces = [self._get(self._place(a), (b - a) * self._cluster_size) for a, b in _runs(chain)]
         return b"".join(pieces)[: entry.size]
@@ -295,9 +293,7 @@ class FatVolume:
         for name in filter(None, path.split("/")):
             entry = next((e for e in self._entries(folder) if e.name.lower() == name.lower()), None)
             if entry is not None and not entry.is_folder:
-                raise FlashError(
-                    f"{name} is a file, not a folder", hint="Remove it from the boot partition."
-                )
+                raise FlashError(f"{name} is a file, not a folder", hint="Remove it from the boot partition.")
             if entry is not None:
                 folder = entry.cluster
                 continue
@@ -358,9 +354,7 @@ def _tail(cluster: int, size: int) -> bytes:
     now = time.localtime()
     clock = now.tm_hour << 11 | now.tm_min << 5 | now.tm_sec // 2
     day = (max(now.tm_year, 1980) - 1980) << 9 | now.tm_mon << 5 | now.tm_mday
-    return struct.pack(
-        "<BHHHHHHHI", 0, clock, day, day, cluster >> 16, clock, day, cluster & 0xFFFF, size
-    )
+    return struct.pack("<BHHHHHHHI", 0, clock, day, day, cluster >> 16, clock, day, cluster & 0xFFFF, size)
 
 
 def _long_name(pieces: dict[int, bytes]) -> str:
