@@ -83,8 +83,8 @@ def dump(experiment: Experiment) -> str:
     for name in _SECTIONS:
         table[name] = _plain(getattr(experiment, name))
     table["method"] |= table["method"].pop("constants")
-    table["devices"] = [_plain(device) for device in experiment.devices]
-    return tomli_w.dumps(table)
+    devices = [f"\n[[devices]]\n{tomli_w.dumps(_plain(device))}" for device in experiment.devices]
+    return tomli_w.dumps(table) + "".join(devices)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -178,7 +178,7 @@ def _devices(entries: object, faults: Faults, homes: Mapping[str, str]) -> Itera
             yield device
             continue
         try:
-            allowed = load_profile(device.profile).memory_mib.value
+            allowed = float(load_profile(device.profile).memory_mib.value)
         except ProfileError as error:
             faults.refuse(f"{where}.profile", device.profile, f"will not do. {error} {error.hint}")
             yield device

@@ -19,7 +19,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 from rich.filesize import decimal
 
-from coordinator.history import History
+from coordinator.history import Event, History
 
 __all__ = ["LANES", "accuracy_plot", "bytes_plot", "fleet_plot", "loss_plot", "slopes_plot"]
 
@@ -71,12 +71,12 @@ def accuracy_plot(history: History) -> str:
     def draw(axes: Axes) -> None:
         rounds, accuracy = history.evaluated, history.test_accuracy
         axes.plot(rounds, accuracy, color=_ACCENT, marker="o", markersize=2.5 if len(rounds) > 25 else 4)
-        axes.set_ylim(0, 1.04)
+        axes.set_ylim(0, 1.12)
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.annotate(
             f"{accuracy[-1]:.1%}",
             (rounds[-1], accuracy[-1]),
-            xytext=(0, -14),
+            xytext=(0, 6),
             textcoords="offset points",
             ha="right",
             weight="bold",
@@ -128,7 +128,7 @@ def bytes_plot(rounds: int, series: Sequence[tuple[str, float]]) -> str:
 
     def draw(axes: Axes) -> None:
         x = np.unique(np.geomspace(1, rounds, 64).astype(int))
-        places = [(_ACCENT, 6, "bold"), (_SECOND, -13, "normal"), (_THIRD, 6, "normal")]
+        places = [(_ACCENT, 6, "bold"), (_SECOND, -17, "normal"), (_THIRD, 6, "normal")]
         for (name, per_round), (colour, above, weight) in zip(series, places, strict=False):
             axes.plot(x, x * per_round, color=colour)
             axes.annotate(
@@ -177,7 +177,7 @@ def _draw_lanes(axes: Axes, history: History) -> None:
         axes.broken_barh(_stretches(agent.answered), (lane - 0.28, 0.56), facecolor=_ACCENT)
     lanes = {name: lane for lane, name in enumerate(names)}
     for event in history.events:
-        marker = _marker(event.kind)
+        marker = _marker(event)
         if marker and (event.agent or "run") in lanes:
             at = lanes[event.agent or "run"]
             axes.plot(
@@ -203,11 +203,13 @@ def _draw_lanes(axes: Axes, history: History) -> None:
     axes.grid(visible=False)
 
 
-def _marker(kind: str) -> str | None:
-    """Return the shape that stands for a kind of event: a triangle for a restart, a cross for a loss."""
-    if kind in ("agent ended", "broker ended", "coordinator started"):
+def _marker(event: Event) -> str | None:
+    """Return the shape that stands for an event: a triangle for a restart, a cross for a loss."""
+    if event.kind == "coordinator started" and event.round == 0:
+        return None
+    if event.kind in ("agent ended", "broker ended", "coordinator started"):
         return "^"
-    return "x" if kind in ("excluded", "interrupted", "estimate failed") else None
+    return "x" if event.kind in ("excluded", "interrupted", "estimate failed") else None
 
 
 def _stretches(rounds: NDArray[np.int64]) -> list[tuple[float, float]]:
@@ -228,7 +230,16 @@ def _running_mean(values: NDArray[np.float64], width: int) -> NDArray[np.float64
 
 
 def _legend(axes: Axes) -> None:
-    axes.legend(frameon=False, fontsize=8.5, loc="upper right", labelcolor=_MUTED)
+    axes.legend(
+        frameon=False,
+        fontsize=8.5,
+        labelcolor=_MUTED,
+        loc="lower left",
+        bbox_to_anchor=(-0.02, 1.0),
+        ncols=2,
+        borderpad=0,
+        handlelength=1.4,
+    )
 
 
 def _plot(

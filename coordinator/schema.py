@@ -28,7 +28,7 @@ __all__ = [
     "unknown_key",
 ]
 
-Table = TypeVar("Table")
+_Table = TypeVar("_Table")
 
 
 class RefusedError(ValueError):
@@ -192,7 +192,7 @@ class Faults:
 
 
 def read_table(
-    cls: type[Table],
+    cls: type[_Table],
     table: object,
     *,
     where: str,
@@ -200,7 +200,7 @@ def read_table(
     given: Mapping[str, Any],
     extra: Iterable[str] = (),
     homes: Mapping[str, str],
-) -> Table:
+) -> _Table:
     """Make a dataclass of a TOML table; faulty and missing keys are noted, and stand as None.
 
     The result may be used only once ``faults`` turned out to be empty.

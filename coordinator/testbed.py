@@ -9,7 +9,6 @@ import contextlib
 import math
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from coordinator.config import dump, load_experiment
 from coordinator.experiment import AgentPlan, Experiment
 from coordinator.partition import partition
 from coordinator.progress import Observer
+from coordinator.rebuild import rebuild
 from coordinator.report import write_report
 from coordinator.rounds import Rounds
 from coordinator.scalar_log import ScalarLog
@@ -31,25 +31,15 @@ from edge_agent.data import Samples, load_samples, to_inputs
 from edge_agent.forward import Forward
 from edge_agent.link import MqttLink
 from edge_agent.optimizer import METHODS
-from edge_agent.replay import Replica, apply_record
 from edge_agent.topics import Topics
 from edge_agent.wire import RoundPlan, RoundRecord
-from profiles.budget import Prediction, check_memory
+from profiles.budget import Prediction, check_memory, predict_peak_mib
 from profiles.cost import Cost, graph_cost
-from profiles.errors import ConfigError, DataError, LogError
+from profiles.errors import ConfigError, DataError
 
-__all__ = ["evaluate", "plan_of", "prepare", "rebuild", "run_testbed"]
+__all__ = ["evaluate", "plan_of", "prepare", "run_testbed"]
 
 _EVALUATION_BATCH = 256
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """What a run needs before its first round."""
-
-    bundle: Bundle
-    test: Samples
-    predictions: dict[str, Prediction]
 
 
 def run_testbed(experiment: Experiment, *, out: Path, resume: bool, observer: Observer) -> dict[str, Any]:
@@ -184,16 +174,21 @@ def _predict(experiment: Experiment, bundle: Bundle, agent: AgentPlan, samples: 
     Raises:
         BudgetError: More than it may use; says what would fit.
     """
-    return check_memory(
+    prediction = predict_peak_mib(
         Cost.from_dict(bundle.cost, params=bundle.params),
+        batch_size=experiment.method.batch_size,
+        curvature_bytes_per_param=2.0 if METHODS[experiment.method.name].curvature else 0.0,
+        data_bytes=samples.x.nbytes + samples.y.nbytes,
+        graph_bytes=bundle.graph_path.stat().st_size,
+    )
+    check_memory(
+        prediction,
         agent.memory_mib,
         model=bundle.model,
         device=agent.name,
-        batch_size=experiment.method.batch_size,
-        density=experiment.pruning.density,
-        curvature_bytes_per_param=2.0 if METHODS[experiment.method.name].curvature else 0.0,
-        data_bytes=samples.x.nbytes + samples.y.nbytes,
+        density=bundle.params / bundle.pruning["params_dense"],
     )
+    return prediction
 
 
 def plan_of(experiment: Experiment, round_: int) -> RoundPlan:
@@ -213,23 +208,6 @@ def plan_of(experiment: Experiment, round_: int) -> RoundPlan:
         learning_rate=rate,
         constants=method.values(settings.constants),
     )
-
-
-def rebuild(bundle: Bundle, log: ScalarLog, round_: int | None = None) -> Replica:
-    """Return the replica before round ``round_`` (after the last record if None), rebuilt from the log.
-
-    Raises:
-        DigestError: A record leads elsewhere than it says.
-        LogError: The log does not reach that far.
-    """
-    length = len(log)
-    stop = length if round_ is None else round_
-    if not 0 <= stop <= length:
-        raise LogError(f"round {stop} is not in the log, which has {length}", hint=f"Choose 0 to {length}.")
-    replica = bundle.replica()
-    for record in log.records(0, stop):
-        apply_record(replica, record)
-    return replica
 
 
 def evaluate(forward: Forward, samples: Samples) -> tuple[float, float]:

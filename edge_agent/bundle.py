@@ -189,7 +189,7 @@ def read_bundle(folder: Path) -> Bundle:
             identity=hashlib.sha256(raw).hexdigest(),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BundleError(f"{folder} is not a whole bundle: {error!r}") from None
+        raise BundleError(f"{folder} is not a whole bundle: {type(error).__name__}: {error}") from None
     if (folder / "weights.f32").stat().st_size != 4 * bundle.size:
         raise BundleError(f"{folder / 'weights.f32'} does not hold the {bundle.size} weights of the manifest")
     return bundle

@@ -22,6 +22,7 @@ from edge_agent.noise import CHUNK, NoiseKey, chunk_words, values
 
 __all__ = [
     "RESERVE_STEPS",
+    "WEIGHT_STEPS",
     "Segment",
     "Term",
     "bf16_to_float",

@@ -91,10 +91,14 @@ def load_replica(path: Path, fresh: Replica, *, bundle_identity: str, run: str) 
             )
             if not belongs:
                 return None
-            file.readinto(fresh.weights.view(np.uint8).data)
+            wanted = fresh.weights.nbytes
+            found = file.readinto(fresh.weights.view(np.uint8).data)
             if curved:
                 fresh.curvature = np.empty(fresh.weights.size, np.uint16)
-                file.readinto(fresh.curvature.view(np.uint8).data)
+                wanted += fresh.curvature.nbytes
+                found += file.readinto(fresh.curvature.view(np.uint8).data)
+            if found != wanted:
+                raise StateError(f"{path} is cut short: {found} of {wanted} bytes")
     except FileNotFoundError:
         return None
     except OSError as error:

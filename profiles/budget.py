@@ -24,14 +24,12 @@ __all__ = [
     "check_memory",
     "flops_per_step",
     "forwards_per_step",
-    "largest_batch",
-    "largest_density",
     "predict_peak_mib",
 ]
 
 _MIB = 2**20
 _IMPORTS_MIB = 55.0
-_SESSION_MIB = 10.0  # the runtime's own pages, once a session has been made and run
+_SESSION_MIB = 9.9  # the runtime's own pages, once a session has been made and run
 _SESSION_PER_GRAPH_BYTE = 25.0  # nodes and kernels: a graph of 147 KB takes 3.7 MiB
 _SCRATCH = 1.05  # what kernels pack and unfold beside the buffers between them
 _THREAD_MIB = 0.2  # the touched part of a stack and of an allocator's arena
@@ -43,6 +41,8 @@ class Prediction:
     """The predicted peak of an agent's resident memory, in MiB, term by term.
 
     Attributes:
+        batch_size: Samples of one forward pass.
+        per_sample: What one sample more would add to ``activations``.
         imports: Python and the agent's libraries.
         session: The runtime's own, and the graph.
         weights: The one copy of the trainable tensors.
@@ -53,6 +53,8 @@ class Prediction:
         threads: What each thread beyond the first adds.
     """
 
+    batch_size: int
+    per_sample: float
     imports: float
     session: float
     weights: float
@@ -63,18 +65,48 @@ class Prediction:
     threads: float
 
     @property
+    def terms(self) -> dict[str, float]:
+        """Every term by name; their sum is the peak."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name not in ("batch_size", "per_sample")
+        }
+
+    @property
     def total_mib(self) -> float:
         """The predicted peak."""
-        return sum(self.terms().values())
-
-    def terms(self) -> dict[str, float]:
-        """Return every term by name, in MiB."""
-        return dataclasses.asdict(self)
+        return sum(self.terms.values())
 
     def describe(self) -> str:
         """Return one line with the total and every term that is not nothing."""
-        terms = ", ".join(f"{name} {mib:.1f}" for name, mib in self.terms().items() if mib >= 0.05)
+        terms = ", ".join(f"{name} {mib:.1f}" for name, mib in self.terms.items() if mib >= 0.05)
         return f"{self.total_mib:.1f} MiB: {terms}"
+
+    def largest_batch(self, allowed_mib: float) -> int:
+        """Return the largest batch size whose predicted peak is within ``allowed_mib``; 0 if none is."""
+        spare = allowed_mib - self.total_mib
+        if self.per_sample == 0:
+            return self.batch_size if spare >= 0 else 0
+        return max(0, self.batch_size + math.floor(spare / self.per_sample + 1e-9))
+
+    def largest_density(self, allowed_mib: float) -> float:
+        """Return the share of this net's parameters that would fit at this batch size, 0 to 1.
+
+        Narrower layers that keep a share d of the parameters keep about sqrt(d) of every width, and so of
+        the activations. Rounded down to two decimals; 0 if not even an empty net fits.
+        """
+        linear, root = self.weights + self.curvature, self.activations
+        left = allowed_mib - (self.total_mib - linear - root)
+        if left <= 0:
+            return 0.0
+        if linear + root <= left:
+            return 1.0
+        if linear == 0:
+            return math.floor(100 * (left / root) ** 2) / 100
+        # The positive s = sqrt(d) with linear * s**2 + root * s = left.
+        width = (math.sqrt(root**2 + 4 * linear * left) - root) / (2 * linear)
+        return math.floor(100 * width**2) / 100
 
 
 @dataclass(frozen=True)
@@ -165,12 +197,15 @@ def predict_peak_mib(
         raise ValueError(f"batch_size {batch_size} and threads {threads} must be at least 1")
     if min(curvature_bytes_per_param, data_bytes, chunk_bytes, graph_bytes, imports_mib) < 0:
         raise ValueError("sizes must not be negative")
+    activations = [_SCRATCH * cost.activation_bytes(n) / _MIB for n in (batch_size, batch_size + 1)]
     return Prediction(
+        batch_size=batch_size,
+        per_sample=activations[1] - activations[0],
         imports=imports_mib,
         session=_SESSION_MIB + _SESSION_PER_GRAPH_BYTE * graph_bytes / _MIB,
         weights=cost.weight_bytes / _MIB,
         curvature=cost.params * curvature_bytes_per_param / _MIB,
-        activations=_SCRATCH * cost.activation_bytes(batch_size) / _MIB,
+        activations=activations[0],
         data=data_bytes / _MIB,
         chunks=chunk_bytes / _MIB,
         threads=_THREAD_MIB * (threads - 1),
@@ -211,92 +246,37 @@ def flops_per_step(cost: Cost, *, batch_size: int, perturbations: int, differenc
     return forwards * batch_size * cost.forward_flops + 2 * size * passes
 
 
-def largest_batch(cost: Cost, allowed_mib: float, **work: float) -> int:
-    """Return the largest batch size whose predicted peak is within ``allowed_mib``; 0 if none is.
-
-    Args:
-        cost: Of the bundle's graph.
-        allowed_mib: The device's memory budget.
-        work: The other arguments of :func:`predict_peak_mib`.
-    """
-    one = _predict(cost, 1, work).total_mib
-    if one > allowed_mib:
-        return 0
-    each = _predict(cost, 2, work).total_mib - one
-    return 1 + math.floor((allowed_mib - one) / each) if each > 0 else 2**31 - 1
-
-
-def largest_density(cost: Cost, allowed_mib: float, *, batch_size: int, **work: float) -> float:
-    """Return the share of parameters that would fit at this batch size, between 0 and 1.
-
-    Narrower layers keep density d of the parameters and about sqrt(d) of every width, and so of the
-    activations. Rounded down to two decimals; 0 if nothing fits.
-
-    Args:
-        cost: Of the bundle's graph.
-        allowed_mib: The device's memory budget.
-        batch_size: Samples of one forward pass.
-        work: The other arguments of :func:`predict_peak_mib`.
-    """
-    whole = _predict(cost, batch_size, work)
-    linear, root = whole.weights + whole.curvature, whole.activations
-    left = allowed_mib - (whole.total_mib - linear - root)
-    if left <= 0:
-        return 0.0
-    if linear + root <= left:
-        return 1.0
-    # linear * s**2 + root * s = left, for s = sqrt(density)
-    width = left / root if linear == 0 else (math.sqrt(root**2 + 4 * linear * left) - root) / (2 * linear)
-    return math.floor(100 * width**2) / 100
-
-
 def check_memory(
-    cost: Cost,
-    allowed_mib: float,
-    *,
-    model: str,
-    device: str,
-    batch_size: int,
-    density: float = 1.0,
-    **work: float,
-) -> Prediction:
-    """Return the prediction, or refuse with what would fit.
+    prediction: Prediction, allowed_mib: float, *, model: str, device: str, density: float = 1.0
+) -> None:
+    """Do nothing if the prediction is within what is allowed; else refuse with what would fit.
 
     Args:
-        cost: Of the bundle's graph.
+        prediction: Of the work that is planned.
         allowed_mib: The device's memory budget.
         model: The net's name, for the message.
         device: The device's name, for the message.
-        batch_size: Samples of one forward pass.
-        density: The share of parameters that stay in this graph already, so that the hint names a share of
-            the dense net.
-        work: The other arguments of :func:`predict_peak_mib`.
+        density: The share of the dense net's parameters that this net has kept, so that the density in the
+            hint is one of the dense net.
 
     Raises:
         BudgetError: The device may not use what the work needs.
     """
-    prediction = _predict(cost, batch_size, work)
     if prediction.total_mib <= allowed_mib:
-        return prediction
-    batch = largest_batch(cost, allowed_mib, **work)
-    share = (
-        math.floor(100 * density * largest_density(cost, allowed_mib, batch_size=batch_size, **work)) / 100
-    )
+        return
+    batch = prediction.largest_batch(allowed_mib)
+    share = math.floor(100 * density * prediction.largest_density(allowed_mib)) / 100
     ways = []
     if share > 0:
         ways.append(f"prune to `--density {share:g}` or lower")
     if batch > 0:
         ways.append(f"set `batch_size = {batch}`")
     if not ways:
-        least = prediction.total_mib - prediction.weights - prediction.curvature - prediction.activations
-        ways.append(f"leave the device out: {least:.0f} MiB are needed before any net")
+        net = prediction.weights + prediction.curvature + prediction.activations
+        ways.append(f"leave the device out: {prediction.total_mib - net:.0f} MiB are needed before any net")
     hint = ", or ".join(ways)
     raise BudgetError(
         f"Training `{model}` needs {prediction.total_mib:.0f} MiB on the device; `{device}` allows "
         f"{allowed_mib:.0f} MiB ({prediction.describe()}).",
         hint=f"{hint[0].upper()}{hint[1:]}.",
     )
-
-
-def _predict(cost: Cost, batch_size: int, work: dict[str, float]) -> Prediction:
-    return predict_peak_mib(cost, batch_size=batch_size, **work)  # type: ignore[arg-type]  # ints or floats by name

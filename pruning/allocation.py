@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from profiles.errors import ModelError
 from pruning.structure import Structure
 
-__all__ = ["Allocation", "allocate", "fractions_from_densities"]
+__all__ = ["Allocation", "Spend", "allocate", "fractions_from_densities"]
 
 Spend = Callable[[Mapping[str, int]], float]
 """What a net at given widths costs; it must not fall when a width grows."""

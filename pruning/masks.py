@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["Masks", "densities_of", "keep_top", "ones_like", "schedule"]
+__all__ = ["Masks", "Scorer", "densities_of", "keep_top", "ones_like", "schedule"]
 
 Masks = dict[str, Tensor]
 """One float32 tensor of zeros and ones per prunable weight."""

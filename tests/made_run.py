@@ -1,14 +1,21 @@
-"""A run folder made by hand, for those who only look back: a real scalar log with invented figures."""
+"""Run folders made by hand, for those who only look back.
+
+One has a scalar log with invented figures; the other is small, and every digest in it is true.
+"""
 
 import json
 from pathlib import Path
 
 import numpy as np
+import onnx
+from onnx import TensorProto, helper
 
 from coordinator.scalar_log import ScalarLog
+from edge_agent.bundle import flat_layout, write_bundle
+from edge_agent.replay import apply_record
 from edge_agent.wire import Reply, RoundPlan, RoundRecord
 
-__all__ = ["make_run"]
+__all__ = ["make_replayable_run", "make_run"]
 
 PROFILES = ["pi-zero-2w", "pi-zero-2w", "pi-3b-plus", "pi-4-2gb", "jetson-nano", "jetson-orin-nano"]
 BUDGETS = [128.0, 96.0, 256.0, 400.0, 512.0, 700.0]
@@ -105,3 +112,56 @@ def _end(folder: Path, names: list[str], rounds: int) -> None:
     }
     (folder / "bundle").mkdir()
     (folder / "bundle" / "manifest.json").write_text(json.dumps({"model": "mlp", "pruning": pruning}))
+
+
+def make_replayable_run(folder: Path, *, rounds: int = 5) -> Path:
+    """Make a run of a linear net with 4 inputs and 3 classes, whose records lead where they say."""
+    tensors, size = flat_layout([("weight", (4, 3)), ("bias", (3,))])
+    weights = np.zeros(size, np.float32)
+    rng = np.random.default_rng(3)
+    for tensor in tensors:
+        weights[tensor.offset : tensor.offset + tensor.size] = rng.normal(0, 0.5, tensor.size)
+    bundle = write_bundle(
+        folder / "bundle",
+        graph=_linear_graph(),
+        weights=weights,
+        tensors=tensors,
+        model="linear",
+        classes=3,
+        sample_shape=(4,),
+        cost={},
+        pruning={},
+    )
+    replica = bundle.replica()
+    with ScalarLog.create(folder / "log.sqlite", {"bundle": bundle.identity, "name": "linear"}) as log:
+        for round_ in range(rounds):
+            plan = RoundPlan(round_, 7, 2, 1, 4, 1e-3, 0.05, (0.05, 1e-4, 0.0))
+            scalars = rng.normal(0, 1, (1, 4)).astype(np.float32)
+            apply_record(replica, RoundRecord(plan, 1, False, scalars, 0), check=False)
+            record = RoundRecord(plan, 1, False, scalars, replica.digest())
+            log.append(record, loss=1.0, opened_at=round_, closed_at=round_ + 1, replies={})
+    return folder
+
+
+def _linear_graph() -> bytes:
+    nodes = [
+        helper.make_node("Gemm", ["x", "weight", "bias"], ["logits"]),
+        helper.make_node("SoftmaxCrossEntropyLoss", ["logits", "y"], ["loss"], reduction="mean"),
+        helper.make_node("ArgMax", ["logits"], ["best"], axis=1, keepdims=0),
+        helper.make_node("Equal", ["best", "y"], ["right"]),
+        helper.make_node("Cast", ["right"], ["ones"], to=TensorProto.INT64),
+        helper.make_node("ReduceSum", ["ones"], ["correct"], keepdims=0),
+    ]
+    inputs = [("x", TensorProto.FLOAT, ["n", 4]), ("y", TensorProto.INT64, ["n"])]
+    inputs += [("weight", TensorProto.FLOAT, [4, 3]), ("bias", TensorProto.FLOAT, [3])]
+    outputs = [("loss", TensorProto.FLOAT, []), ("correct", TensorProto.INT64, [])]
+    outputs += [("logits", TensorProto.FLOAT, ["n", 3])]
+    graph = helper.make_graph(
+        nodes,
+        "linear",
+        [helper.make_tensor_value_info(*value) for value in inputs],
+        [helper.make_tensor_value_info(*value) for value in outputs],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    onnx.checker.check_model(model)
+    return bytes(model.SerializeToString())

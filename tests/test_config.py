@@ -63,6 +63,7 @@ def test_dump_loads_to_an_equal_experiment(write):
     second = load_experiment(write(dump(first), "elsewhere.toml"))
 
     assert second == first
+    assert dump(second) == dump(first)
     assert second.method.constants["nu"] == 0.25
     assert second.agents[0].name == "kitchen-1"
 

@@ -8,7 +8,7 @@ import pytest
 from edge_agent.bundle import flat_layout
 from edge_agent.estimator import estimate
 from edge_agent.grid import plan_segments, snap
-from edge_agent.noise import NoiseKey, byte_sums, hash_words
+from edge_agent.noise import NoiseKey, hash_words, values
 from edge_agent.optimizer import METHODS
 from edge_agent.replay import Replica, apply_record, apply_records
 from edge_agent.wire import RoundPlan, RoundRecord, decode_record, encode_record
@@ -145,7 +145,7 @@ def test_no_two_keys_meet():
         NoiseKey(4, 5, 1, 0),
     ]
     size = 1 << 16
-    noise = [byte_sums(hash_words(key, 0, size)).astype(float) for key in keys]
+    noise = [values(key, 0, size).astype(float) for key in keys]
 
     correlation = np.corrcoef(noise) - np.eye(len(keys))
 

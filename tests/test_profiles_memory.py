@@ -113,7 +113,7 @@ def test_all_figures_at_once_are_in_order():
 
 
 def test_cgroup_v2_takes_the_tightest_limit_on_the_way_up(tmp_path):
-    """The scope says max, its slice 512 MiB: the process has 512."""
+    """The scope says 600 MiB, its slice 512: the process has 512."""
     root = fake_root(
         tmp_path,
         membership="0::/user.slice/run-1.scope\n",
@@ -123,7 +123,7 @@ def test_cgroup_v2_takes_the_tightest_limit_on_the_way_up(tmp_path):
             "sys/fs/cgroup/user.slice/run-1.scope": {
                 "memory.current": str(60 * 2**20),
                 "memory.peak": str(70 * 2**20),
-                "memory.max": "max",
+                "memory.max": str(600 * 2**20),
             },
         },
     )
