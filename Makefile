@@ -7,7 +7,7 @@ EXPERIMENT := examples/digits.toml
 DEMO := runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow lint format tree clean
+.PHONY: help demo test slow lint format tree figures clean
 
 help:  ## list what make can do here
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -36,6 +36,9 @@ format: $(READY)  ## let ruff put the code in order
 
 tree: $(READY)  ## write the file tree in README.md anew
 	@$(BIN)/python docs/file_tree.py
+
+figures: $(READY)  ## write the figures in README.md anew, from RUNS="runs/demo ..."
+	@$(BIN)/python docs/figures.py $(or $(RUNS),$(DEMO))
 
 clean:  ## remove .venv and caches; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

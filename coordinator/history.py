@@ -94,6 +94,13 @@ class History:
     agents: tuple[AgentHistory, ...]
     events: tuple[Event, ...]
 
+    def answers(self) -> NDArray[np.int64]:
+        """Return how many replies were counted in each round."""
+        counts = np.zeros(len(self.rounds), np.int64)
+        for agent in self.agents:
+            counts[agent.answered] += 1
+        return counts
+
 
 def read_history(run: Path) -> History:
     """Read a run folder.
@@ -195,12 +202,14 @@ def _agents(db: sqlite3.Connection, summary: Mapping[str, Any]) -> tuple[AgentHi
     if isinstance(summary.get("agents"), list):
         noted = {str(row.get("name")): row for row in summary["agents"] if isinstance(row, dict)}
     measured = dict(db.execute("SELECT agent, MAX(peak_kib) / 1024.0 FROM replies GROUP BY agent"))
+    answered: dict[str, list[int]] = {}
+    for agent, round_ in db.execute("SELECT agent, round FROM replies WHERE counted ORDER BY round"):
+        answered.setdefault(agent, []).append(round_)
     happened = Counter(db.execute("SELECT agent, kind FROM events").fetchall())
     agents = []
     for _, name, profile, budget, predicted in db.execute(
         "SELECT id, name, profile, budget_mib, predicted_mib FROM agents ORDER BY id"
     ).fetchall():
-        answers = db.execute("SELECT round FROM replies WHERE agent = ? AND counted ORDER BY round", (name,))
         row = noted.get(name, {})
         peak = row.get("peak_rss_mib")
         agents.append(
@@ -214,7 +223,7 @@ def _agents(db: sqlite3.Connection, summary: Mapping[str, Any]) -> tuple[AgentHi
                 flops_spent=row.get("flops_spent"),
                 missed=row.get("rounds_missed"),
                 restarts=happened[name, "agent ended"],
-                answered=np.array([round_ for (round_,) in answers], np.int64),
+                answered=np.array(answered.get(name, []), np.int64),
             )
         )
     return tuple(agents)

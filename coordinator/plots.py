@@ -160,9 +160,7 @@ def fleet_plot(history: History) -> str:
 
 
 def _draw_sum(axes: Axes, history: History) -> None:
-    answers = np.zeros(len(history.rounds), int)
-    for agent in history.agents:
-        answers[agent.answered[agent.answered < len(answers)]] += 1
+    answers = history.answers()
     axes.fill_between(history.rounds, answers, color=_ACCENT, alpha=0.3, linewidth=0, step="mid")
     axes.plot(history.rounds, answers, color=_ACCENT, linewidth=1, drawstyle="steps-mid")
     axes.set_ylim(0, len(history.agents) * 1.05)

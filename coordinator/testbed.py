@@ -35,7 +35,7 @@ from edge_agent.topics import Topics
 from edge_agent.wire import RoundPlan, RoundRecord
 from profiles.budget import Prediction, check_memory, predict_peak_mib
 from profiles.cost import Cost, graph_cost
-from profiles.errors import ConfigError, DataError
+from profiles.errors import ConfigError, DataError, ScalarfedError
 
 __all__ = ["evaluate", "plan_of", "prepare", "run_testbed"]
 
@@ -64,7 +64,13 @@ def run_testbed(experiment: Experiment, *, out: Path, resume: bool, observer: Ob
     test = load_samples(experiment.data.path, "test")
     bundle = read_bundle(out / "bundle")
     with ScalarLog.open(out / "log.sqlite") as log, contextlib.ExitStack() as stack:
-        broker = open_broker(out, url=experiment.broker.url, port=experiment.broker.port)
+        try:
+            broker = open_broker(out, url=experiment.broker.url, port=experiment.broker.port)
+        except ScalarfedError:
+            if not resume:  # nothing was trained yet
+                stack.callback(shutil.rmtree, out)
+                stack.callback(log.close)
+            raise
         stack.callback(broker.stop)
         observer.line(f"broker: {broker.kind} at {broker.url}")
         log.set_meta("broker", broker.kind)

@@ -25,7 +25,7 @@ def show(
 
     history = read_history(run)
     start = max(0, len(history.rounds) - last)
-    counted = [sum(round_ in agent.answered for agent in history.agents) for round_ in history.rounds[start:]]
+    counted = history.answers()[start:].tolist()
     with ScalarLog.open(run / "log.sqlite") as log:
         records = list(log.records(start))
     rows: list[dict[str, Any]] = []
