@@ -173,10 +173,12 @@ class _Process:
         now = time.monotonic()
         if isinstance(event, Connected):
             _LOG.info("connected to %s", self.options.broker)
+            self.heart.connected()
             outgoing = self.agent.on_connected(now)
             self.status_at = 0.0
         elif isinstance(event, Disconnected):
             _LOG.warning("disconnected: %s", event.reason)
+            self.heart.disconnected(event.reason)
             outgoing = []
         elif event is None:
             outgoing = self.agent.on_tick(now)

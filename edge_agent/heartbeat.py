@@ -38,6 +38,12 @@ class Heartbeat:
         self._clock = clock
         self._sent_at = float("-inf")
         self._joined = False
+        self._trouble = "the broker was not reached"
+
+    @property
+    def trouble(self) -> str:
+        """Why there has been no connection since the start; empty once there was one."""
+        return self._trouble
 
     @property
     def joined(self) -> bool:
@@ -54,6 +60,15 @@ class Heartbeat:
         if now - self._sent_at >= _LEAST_PAUSE_S:
             self._sent_at = now
             self._send("WATCHDOG=1")
+
+    def connected(self) -> None:
+        """Say that the broker was reached."""
+        self._trouble = ""
+
+    def disconnected(self, reason: str) -> None:
+        """Say why there is no connection."""
+        if self._trouble:
+            self._trouble = reason
 
     def join(self, status: str) -> None:
         """Say that the agent is in its run."""

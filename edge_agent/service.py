@@ -33,7 +33,8 @@ _STATE = Path("/var/lib/scalarfed")
 _OPT = Path("/opt/scalarfed")
 _TRIAL_S = 600.0
 _SAFE_S = 900.0
-_GAVE_UP = 75
+_UNREACHED_S = 300.0
+_GAVE_UP, _UNREACHED = 75, 69
 _LOG = logging.getLogger("scalarfed-agent")
 
 
@@ -68,6 +69,10 @@ class StartCounter:
     def failed(self, last_words: str) -> None:
         """Keep why this start failed."""
         self._write(self.read()[0], last_words[-500:])
+
+    def forgive(self, last_words: str) -> None:
+        """Do not count this start: what failed was not the agent."""
+        self._write(max(0, self.read()[0] - 1), last_words[-500:])
 
     def _write(self, starts: int, last_words: str) -> None:
         beside = self._path.with_suffix(".new")
@@ -119,8 +124,11 @@ def main(arguments: Sequence[str] | None = None, *, state: Path = _STATE, opt: P
         if counter.count() > SAFE_AFTER:
             return _stay_safe(settings, counter, state)
         heart = Heartbeat(on_joined=lambda: _on_joined(counter, state, opt))
-        if (opt / "trial").exists():
-            threading.Thread(target=_end_trial, args=(heart, state), name="trial", daemon=True).start()
+        trial = (opt / "trial").exists()
+        watch = threading.Thread(
+            target=_watch, args=(heart, counter, state, trial), name="start", daemon=True
+        )
+        watch.start()
         code = run_agent(agent_arguments(settings, state=state), heart=heart, on_failure=counter.failed)
     except ScalarfedError as error:
         counter.failed(str(error))
@@ -143,17 +151,24 @@ def _on_joined(counter: StartCounter, state: Path, opt: Path) -> None:
         (state / "healthy").write_text(release, encoding="utf-8")
 
 
-def _end_trial(heart: Heartbeat, state: Path) -> None:
-    """Give the board back to its former release when this one does not join in time."""
-    deadline = time.monotonic() + _TRIAL_S
-    while time.monotonic() < deadline:
-        if heart.joined:
-            return
+def _watch(heart: Heartbeat, counter: StartCounter, state: Path, trial: bool) -> None:
+    """End a start that comes to nothing, so that the reason gets into the board's report.
+
+    Without a connection for five minutes the process ends and is started again; a release on trial gives the
+    board back to the former one when it has not joined in ten.
+    """
+    started = time.monotonic()
+    while not heart.joined:
         time.sleep(1.0)
-    with contextlib.suppress(OSError):
-        (state / "give-back").write_text("did not join in time", encoding="utf-8")
-    print("scalarfed: on trial and not joined in time; giving the board back", file=sys.stderr)
-    os._exit(_GAVE_UP)
+        if heart.trouble and not trial and time.monotonic() - started > _UNREACHED_S:
+            counter.forgive(f"no connection: {heart.trouble}")
+            print(f"scalarfed: no connection: {heart.trouble}", file=sys.stderr)
+            os._exit(_UNREACHED)
+        if trial and time.monotonic() - started > _TRIAL_S:
+            with contextlib.suppress(OSError):
+                (state / "give-back").write_text("did not join in time", encoding="utf-8")
+            print("scalarfed: on trial and not joined in time; giving the board back", file=sys.stderr)
+            os._exit(_GAVE_UP)
 
 
 def _stay_safe(settings: Mapping[str, Any], counter: StartCounter, state: Path) -> int:

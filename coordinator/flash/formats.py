@@ -27,7 +27,10 @@ _NEVER_BOOTED = ("init=/usr/lib/raspberrypi-sys-mods/firstboot", "init=/usr/lib/
 _RUN = (
     "systemd.run=/boot/firstrun.sh systemd.run_success_action=reboot systemd.unit=kernel-command-line.target"
 )
-_INSTALL = "for d in /boot/firmware /boot; do test -f $d/scalarfed/install.sh && sh $d/scalarfed/install.sh && break; done"
+_INSTALL = (
+    "for d in /boot/firmware /boot; do "
+    "test -f $d/scalarfed/install.sh && sh $d/scalarfed/install.sh && break; done"
+)
 _RELEASES = (("2025-10-01", "3.13", "Trixie"), ("2023-10-10", "3.11", "Bookworm"))
 
 
@@ -80,7 +83,8 @@ def detect(volume: BootVolume, texts: Mapping[str, str], *, forced: str = "") ->
     names = {name.lower() for name in volume.names()}
     if "cmdline.txt" not in names and "user-data" not in names:
         raise FlashError(
-            f"{volume.label or 'this'} is no boot partition that we know: it has neither cmdline.txt nor user-data",
+            f"{volume.label or 'this'} is no boot partition that we know: "
+            "it has neither cmdline.txt nor user-data",
             hint="Give the card's small FAT partition (bootfs, system-boot). Boards without one: boot them, "
             "then `scalarfed flash ssh USER@HOST`.",
         )

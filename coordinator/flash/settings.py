@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from edge_agent.topics import is_name
 from profiles.errors import FlashError
 
-__all__ = ["Credentials", "Settings", "Wifi", "check_address", "check_names", "expand_names"]
+__all__ = ["Credentials", "Settings", "Wifi", "check_address", "check_names", "expand_names", "own_addresses"]
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _HOST_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
@@ -184,7 +184,7 @@ def check_address(broker: str) -> None:
     except ValueError:
         own = host == "localhost" or host.endswith(".localhost")
     if own:
-        seen = _own_addresses()
+        seen = own_addresses()
         hint = (
             f"This machine is also {' or '.join(seen)}"
             if seen
@@ -196,7 +196,7 @@ def check_address(broker: str) -> None:
         )
 
 
-def _own_addresses() -> list[str]:
+def own_addresses() -> list[str]:
     """Return addresses at which other machines may reach this one; nothing is sent to find out."""
     found = []
     for family, beyond in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
