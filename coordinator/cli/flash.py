@@ -253,9 +253,7 @@ def ssh(
             replace=known,
         )
         target = machine.target(memory_mib=plan.settings.memory_mib)
-        _tick(
-            f"{host} is {machine.hostname}: {machine.arch}, Python {machine.python}, {machine.ram_mib:.0f} MiB"
-        )
+        _tick(f"{host} is {machine.arch}, Python {machine.python}, {machine.ram_mib:.0f} MiB of RAM")
         payload = make_payload(target, plan.settings, bundle=plan.bundle, data=plan.data)
         machine_there.install(payload, machine, tick=_tick)
         record(plan, way="ssh", where=host, release=payload.release)
