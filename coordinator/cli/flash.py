@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from coordinator.flash.plan import Plan
     from coordinator.flash.volume import BootVolume
 
-__all__ = ["app", "card", "check", "image", "local", "ssh", "undo"]
+__all__ = ["app", "card", "check", "flash", "image", "local", "ssh", "undo"]
 
 app = typer.Typer(help="Put an agent onto a board: by its card, an image, SSH, or on this machine.")
 
