@@ -8,7 +8,7 @@ DEMO := runs/demo
 BOARD := build/board
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow board-test lint format tree figures clean
+.PHONY: help demo test slow board-test chaos lint format tree figures clean
 
 help:  ## list what make can do here
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -29,6 +29,12 @@ slow: $(READY)  ## run the slow tests: minutes, not seconds
 board-test: $(READY)  ## boot a flashed image on an emulated board and let it train (needs root and qemu)
 	@sh tests/board/build.sh $(BOARD)
 	@BOARD=$(abspath $(BOARD)) $(BIN)/python -m pytest -m board -n 0 -s tests/board
+
+SEED := 7
+ROUNDS := 200
+FAULTS := 60
+chaos: $(READY)  ## run six agents among faults: make chaos SEED=7 ROUNDS=200 FAULTS=60
+	@PYTHONPATH=. $(BIN)/python benchmarks/chaos.py --seed $(SEED) --rounds $(ROUNDS) --faults $(FAULTS)
 
 lint: $(READY)  ## check style and types
 	@$(BIN)/ruff check .

@@ -1,36 +1,97 @@
 """Many agents' scalars into one: the only place where sums over agents are taken.
 
-In float64, in the order of the agents' numbers, rounded to float32 once; what comes out is logged,
-and every replica uses the logged value.
+Every sum is exact and rounded once (``math.fsum``), so that neither the order of the agents nor who added
+up what changes a bit; the result is rounded to float32 and logged, and every replica uses the logged value.
+Knows replies as rows of numbers. Does not know rounds, nor who is suspected (``outliers``).
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_agent.wire import Reply
 
-__all__ = ["mean_loss", "mean_scalars"]
+__all__ = ["RULES", "aggregate", "mean_loss", "tolerated"]
+
+_Matrix = NDArray[np.float64]
 
 
-def mean_scalars(replies: Mapping[int, Reply]) -> NDArray[np.float32]:
-    """Return the mean of the agents' scalars, each weighted by its samples: float32 of shape (K * P,).
+def aggregate(replies: Mapping[int, Reply], *, rule: str = "mean", liars: float = 0.2) -> NDArray[np.float32]:
+    """Return one vector of scalars for the replies of a round: float32 of shape (K * P,).
 
     Args:
         replies: By agent number; at least one, none failed, all with the same number of scalars.
+        rule: One of :data:`RULES`.
+        liars: The share of the agents that may lie, 0 <= liars < 0.5; the mean trusts all.
+
+    Raises:
+        ValueError: The rule is unknown, or the share is out of range.
     """
+    if rule not in RULES or not 0 <= liars < 0.5:
+        raise ValueError(f"rule {rule!r} with a share of liars of {liars}")
     order = sorted(replies)
-    total = np.zeros(replies[order[0]].scalars.size, np.float64)
-    samples = 0
-    for number in order:
-        total += replies[number].samples * replies[number].scalars.astype(np.float64)
-        samples += replies[number].samples
-    return (total / samples).astype(np.float32)
+    rows = np.stack([replies[number].scalars for number in order]).astype(np.float64)
+    samples = np.array([replies[number].samples for number in order], np.float64)
+    return RULES[rule](rows, samples, tolerated(len(order), liars)).astype(np.float32)
+
+
+def tolerated(agents: int, liars: float) -> int:
+    """Return how many of so many agents may lie: their share, rounded up, but less than half of them."""
+    return min(math.ceil(agents * liars - 1e-9), (agents - 1) // 2)
 
 
 def mean_loss(replies: Mapping[int, Reply]) -> float:
     """Return the mean loss over the samples of all replies."""
-    order = sorted(replies)
-    samples = sum(replies[number].samples for number in order)
-    return sum(replies[number].samples * replies[number].loss for number in order) / samples
+    samples = sum(reply.samples for reply in replies.values())
+    return math.fsum(reply.samples * reply.loss for reply in replies.values()) / samples
+
+
+def _mean(rows: _Matrix, samples: _Matrix, _liars: int) -> _Matrix:
+    """Return the mean of the rows, each weighted by its samples.
+
+    The products are exact: 24 bits of a scalar times 16 bits of a count.
+    """
+    total = math.fsum(samples)
+    return np.array([math.fsum(column) / total for column in (rows * samples[:, None]).T.tolist()])
+
+
+def _median(rows: _Matrix, _samples: _Matrix, _liars: int) -> _Matrix:
+    """Return the median of each scalar over the agents.
+
+    Source: Yin et al., "Byzantine-Robust Distributed Learning", 2018, definition 1.
+    """
+    return np.median(rows, axis=0)
+
+
+def _trimmed(rows: _Matrix, _samples: _Matrix, liars: int) -> _Matrix:
+    """Return the mean of each scalar without its ``liars`` smallest and largest values.
+
+    Source: Yin et al., "Byzantine-Robust Distributed Learning", 2018, definition 2.
+    """
+    kept = np.sort(rows, axis=0)[liars : len(rows) - liars]
+    return np.array([math.fsum(column) / len(column) for column in kept.T.tolist()])
+
+
+def _krum(rows: _Matrix, _samples: _Matrix, liars: int) -> _Matrix:
+    """Return the mean of the n - f rows that lie nearest to their n - f - 2 neighbours (multi-Krum).
+
+    Source: Blanchard et al., "Machine Learning with Adversaries", 2017, section 4 and the variant of 6.
+    """
+    count = len(rows)
+    if count < 3:
+        return _median(rows, _samples, liars)
+    squares = np.array([((rows - row) ** 2).sum(axis=1) for row in rows])
+    near = np.sort(squares, axis=1)[:, 1 : 1 + max(1, count - liars - 2)]  # without the row itself
+    kept = rows[np.sort(np.argsort(near.sum(axis=1), kind="stable")[: count - liars])]
+    return np.array([math.fsum(column) / len(column) for column in kept.T.tolist()])
+
+
+RULES: Mapping[str, Callable[[_Matrix, _Matrix, int], _Matrix]] = {
+    "mean": _mean,
+    "median": _median,
+    "trimmed": _trimmed,
+    "krum": _krum,
+}
+"""Every way to aggregate, by its name in the experiment file."""

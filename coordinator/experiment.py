@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
+from coordinator.aggregation import RULES
 from coordinator.schema import Choice, CountOrAll, Number, Text, Whole, Wholes
 from edge_agent.optimizer import METHODS
 
@@ -95,6 +96,8 @@ class Method:
         name: One of `edge_agent.optimizer.METHODS`.
         epsilon: Step of the finite difference.
         perturbations: Random directions per step.
+        exact: Exact scalars of the last layer per step, where the method has them; all that the layer has, if
+            it has fewer.
         local_steps: Steps between two messages.
         batch_size: Samples per step and agent.
         difference: ``central`` takes 2P forward passes a step, ``forward`` P + 1.
@@ -108,6 +111,7 @@ class Method:
     name: Annotated[str, Choice(tuple(METHODS))] = "hiso"
     epsilon: Annotated[float, Number(above=0, most=1, remedy="1e-3 suits most nets.")] = 1e-3
     perturbations: Annotated[int, Whole(1, 65535, remedy="8 is a good start.")] = 8
+    exact: Annotated[int, Whole(0, 16384, remedy="64 is a good start; each is 4 bytes of a reply.")] = 64
     local_steps: Annotated[int, Whole(1, 255)] = 1
     batch_size: Annotated[int, Whole(1, 65535, remedy="16 is a good start.")] = 16
     difference: Annotated[str, Choice(("central", "forward"))] = "central"
@@ -124,12 +128,17 @@ class Fleet:
         quorum: Answers that close it at its deadline; ``all`` means the whole cohort.
         deadline_s: Seconds until a round closes or is extended.
         resend_s: Seconds after which an unanswered round message is sent again.
+        aggregation: How the agents' scalars become one: ``mean`` trusts all, ``median``, ``trimmed`` (mean
+            without the smallest and largest) and ``krum`` bear some liars.
+        liars: The share of the agents that may lie; the mean does not look at it.
     """
 
     cohort: Annotated[int | Literal["all"], CountOrAll()] = "all"
     quorum: Annotated[int | Literal["all"], CountOrAll()] = "all"
     deadline_s: Annotated[float, Number(above=0, most=86400)] = 60.0
     resend_s: Annotated[float, Number(above=0, most=86400)] = 2.0
+    aggregation: Annotated[str, Choice(tuple(RULES))] = "mean"
+    liars: Annotated[float, Number(least=0, most=0.49, remedy="0.2 bears one liar among five.")] = 0.2
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from coordinator.aggregation import mean_loss, mean_scalars
+from coordinator.aggregation import aggregate, mean_loss
+from coordinator.outliers import Outliers
 from edge_agent.noise import NoiseKey, hash_words
 from edge_agent.replay import Replica, apply_record
 from edge_agent.wire import Cohort, Reply, RoundOpen, RoundPlan, RoundRecord
@@ -20,7 +21,9 @@ __all__ = ["Action", "Announce", "Commit", "Late", "Note", "Rounds"]
 
 _RECENT = 4
 _SILENT_ROUNDS = 3
+_LONGEST_EXCLUSION = 64
 _SLOWEST_RESEND_S = 15.0
+_LONGEST_TICK_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -69,12 +72,23 @@ Action = Announce | Commit | Late | Note
 
 @dataclass
 class _Member:
-    """What is known of an agent."""
+    """What is known of an agent.
+
+    Attributes:
+        online: Whether it is waited for; true until its absence is known.
+        heard: Whether it has ever been heard of.
+        silent: Rounds without an answer, in a row.
+        exclusions: How often it was left out.
+        back_at: The round from which on a mere status brings it back.
+    """
 
     online: bool = True
+    heard: bool = False
     silent: int = 0
     missed: int = 0
     counted: int = 0
+    exclusions: int = 0
+    back_at: int = 0
 
     @property
     def excluded(self) -> bool:
@@ -83,15 +97,28 @@ class _Member:
 
 @dataclass
 class _Open:
-    """The round under way."""
+    """The round under way.
+
+    Attributes:
+        waited_s: Time in which an answer could have come.
+        waiting: Members that have not answered.
+        present: Those of them who are online.
+        answered: All replies that belong to the round.
+        counted: Those of them that did not fail.
+    """
 
     message: RoundOpen
     opened_s: float
     announced_s: float
     resend_s: float
-    members: list[int]
+    digest: int
+    members: frozenset[int]
+    waiting: set[int]
+    present: set[int]
+    waited_s: float = 0.0
     extended: bool = False
     answered: dict[int, Reply] = field(default_factory=dict)
+    counted: dict[int, Reply] = field(default_factory=dict)
 
 
 class Rounds:
@@ -112,6 +139,14 @@ class Rounds:
             extended once by the same time, and then skipped.
         resend_s: A round without all its answers is announced again after this, then less and less often.
         seed: Decides who is asked.
+        rule: How the replies become one; see :data:`coordinator.aggregation.RULES`.
+        liars: The share of the agents that may lie; the mean trusts all.
+
+    Attributes:
+        dropped: Count of replies that changed nothing, by reason.
+        members: What is known of each agent, by number.
+        replica: The coordinator's replica.
+        outliers: Statistics of who answers unlike the others.
     """
 
     def __init__(
@@ -130,8 +165,11 @@ class Rounds:
         deadline_s: float,
         resend_s: float,
         seed: int,
+        rule: str = "mean",
+        liars: float = 0.2,
     ) -> None:
         self.dropped: Counter[str] = Counter()
+        self.outliers = Outliers()
         self.members = [_Member() for _ in range(fleet)]
         self.replica = replica
         self._rounds = rounds
@@ -145,7 +183,13 @@ class Rounds:
         self._deadline_s = deadline_s
         self._resend_s = resend_s
         self._seed = seed
+        self._rule = rule
+        self._liars = liars
         self._open: _Open | None = None
+        self._link_up = True
+        self._heard_online = 0
+        self._ticked_s: float | None = None
+        self._stragglers: dict[int, set[int]] = {}  # of the last rounds: who may still answer, for the log
 
     @property
     def epoch(self) -> int:
@@ -162,22 +206,41 @@ class Rounds:
         return self._open_next(now)
 
     def announce_again(self, now: float) -> list[Action]:
-        """Announce the open round once more, after the broker may have forgotten it."""
-        if self._open is None:
-            return []
-        message = self._open.message
-        self._open.message = replace(message, attempt=min(message.attempt + 1, 0xFFFF))
-        self._open.announced_s = now
-        return [Announce(self._open.message)]
+        """Announce the open round once more, to those who have not answered.
 
-    def on_presence(self, agent: int, *, online: bool, now: float) -> list[Action]:
-        """Take in that an agent came or went."""
+        After a broker forgot it, or a reply was lost on its way.
+        """
+        opened = self._open
+        if opened is None:
+            return []
+        cohort = opened.message.cohort
+        if opened.answered:
+            cohort = Cohort(frozenset(opened.waiting))
+        opened.message = replace(
+            opened.message, attempt=min(opened.message.attempt + 1, 0xFFFF), cohort=cohort
+        )
+        opened.announced_s = now
+        return [Announce(opened.message)]
+
+    def on_link(self, *, up: bool) -> None:
+        """Take in that the broker can be reached or not; while it cannot, no deadline comes nearer."""
+        self._link_up = up
+
+    def on_presence(self, agent: int, *, online: bool, hello: bool, now: float) -> list[Action]:
+        """Take in that an agent came, is there, or went.
+
+        Args:
+            agent: Its number.
+            online: Whether it is there.
+            hello: Whether it has just come; that ends an exclusion at once.
+            now: Monotonic seconds.
+        """
+        self._set_presence(agent, online=online)
         member = self.members[agent]
-        member.online = online
         if not online:
             return self._close_if_over(now)
-        if member.excluded:
-            member.silent = 0
+        if member.excluded and (hello or self.replica.round >= member.back_at):
+            member.silent = _SILENT_ROUNDS - 1  # on trial: one more silent round and it is out again
             return [Note("readmitted", agent, "the agent spoke again")]
         return []
 
@@ -187,34 +250,40 @@ class Rounds:
         if opened is None or opened.message.closing:
             self.dropped["no round is open"] += 1
             return []
-        plan = opened.message.plan
+        round_ = opened.message.plan.round
         if reply.epoch != self._epoch:
             self.dropped["another epoch"] += 1
             return []
-        if reply.round < plan.round:
-            self.dropped["late"] += 1
-            return [Late(agent, reply)]
+        if reply.round < round_:
+            return self._on_late(agent, reply)
         reason = self._refusal(opened, agent, reply)
         if reason is not None:
             self.dropped[reason] += 1
-            return [Note("refused", agent, f"round {plan.round}: {reason}")] if reason != "duplicate" else []
+            return [Note("refused", agent, f"round {round_}: {reason}")] if reason != "duplicate" else []
         opened.answered[agent] = reply
+        opened.waiting.discard(agent)
+        opened.present.discard(agent)
+        self._set_presence(agent, online=True)
         self.members[agent].silent = 0
-        self.members[agent].online = True
         actions: list[Action] = []
         if reply.failed:
-            actions.append(Note("estimate failed", agent, f"round {plan.round}"))
+            actions.append(Note("estimate failed", agent, f"round {round_}"))
+        else:
+            opened.counted[agent] = reply
         return actions + self._close_if_over(now)
 
     def on_tick(self, now: float) -> list[Action]:
         """Close, extend, skip or announce again, as the time says."""
         opened = self._open
+        passed = now - (now if self._ticked_s is None else self._ticked_s)
+        self._ticked_s = now
         if opened is None or opened.message.closing:
             return []
-        if now - opened.opened_s >= self._deadline_s * (2 if opened.extended else 1):
-            if len(self._counted(opened)) >= self._needed(opened):
-                return self._close(opened, now)
-            if opened.extended:
+        if self._link_up and self._heard_online:
+            # A long gap between two ticks is a laptop that slept: nobody could have answered.
+            opened.waited_s += min(passed, _LONGEST_TICK_S)
+        if opened.waited_s >= self._deadline_s * (2 if opened.extended else 1):
+            if len(opened.counted) >= self._needed(opened) or opened.extended:
                 return self._close(opened, now)
             opened.extended = True
             answers = f"{len(opened.answered)} of {len(opened.members)} answered"
@@ -224,6 +293,21 @@ class Rounds:
             return self.announce_again(now)
         return []
 
+    def _set_presence(self, agent: int, *, online: bool) -> None:
+        member = self.members[agent]
+        self._heard_online += int(online) - int(member.heard and member.online)
+        member.heard, member.online = True, online
+        if self._open is not None and agent in self._open.waiting:
+            (self._open.present.add if online else self._open.present.discard)(agent)
+
+    def _on_late(self, agent: int, reply: Reply) -> list[Action]:
+        self.dropped["late"] += 1
+        stragglers = self._stragglers.get(reply.round, set())
+        if agent not in stragglers:
+            return []
+        stragglers.discard(agent)
+        return [Late(agent, reply)]
+
     def _refusal(self, opened: _Open, agent: int, reply: Reply) -> str | None:
         plan = opened.message.plan
         if reply.round > plan.round:
@@ -232,19 +316,13 @@ class Rounds:
             return "not asked"
         if agent in opened.answered:
             return "duplicate"
-        if not reply.failed and reply.scalars.size != plan.steps * plan.perturbations:
+        if not reply.failed and reply.scalars.size != plan.steps * plan.scalars:
             return "wrong number of scalars"
         if reply.samples != opened.message.batch_size:
             return "wrong number of samples"
-        if reply.digest != self._digest():
+        if reply.digest != opened.digest:
             return "digest disagrees"
         return None
-
-    def _digest(self) -> int:
-        return self._recent[-1].digest if self._recent else self.replica.digest()
-
-    def _counted(self, opened: _Open) -> dict[int, Reply]:
-        return {agent: reply for agent, reply in opened.answered.items() if not reply.failed}
 
     def _needed(self, opened: _Open) -> int:
         return len(opened.members) if self._quorum is None else min(self._quorum, len(opened.members))
@@ -254,43 +332,54 @@ class Rounds:
         opened = self._open
         if opened is None or opened.message.closing:
             return []
-        waiting = [agent for agent in opened.members if agent not in opened.answered]
-        enough = len(self._counted(opened)) >= self._needed(opened)
-        if not waiting or (enough and not any(self.members[agent].online for agent in waiting)):
+        enough = len(opened.counted) >= self._needed(opened)
+        if not opened.waiting or (enough and not opened.present):
             return self._close(opened, now)
         return []
 
     def _close(self, opened: _Open, now: float) -> list[Action]:
-        counted = self._counted(opened)
+        counted = opened.counted
         plan = opened.message.plan
         skipped = len(counted) < max(1, self._needed(opened))
-        shape = (plan.steps, plan.perturbations)
-        scalars = np.zeros(shape, np.float32) if skipped else mean_scalars(counted).reshape(shape)
-        record = RoundRecord(plan, self._epoch, skipped, scalars, digest=0)
+        shape = (plan.steps, plan.scalars)
+        flat = np.zeros(plan.steps * plan.scalars, np.float32)
+        if not skipped:
+            flat = aggregate(counted, rule=self._rule, liars=self._liars)
+        record = RoundRecord(plan, self._epoch, skipped, flat.reshape(shape), digest=0)
         apply_record(self.replica, record, check=False)
         record = replace(record, digest=self.replica.digest())
         self._recent = [*self._recent, record][-_RECENT:]
         self._open = None
+        self._stragglers[plan.round] = opened.waiting
+        self._stragglers.pop(plan.round - _RECENT, None)
         actions: list[Action] = []
-        for agent in opened.members:
-            member = self.members[agent]
-            if agent in counted and not skipped:
-                member.counted += 1
-                continue
-            member.missed += 1
-            actions.append(Note("missed", agent, f"round {plan.round}"))
-            if agent not in opened.answered:
-                member.silent += 1
-                if member.silent == _SILENT_ROUNDS:
-                    actions.append(Note("excluded", agent, f"silent for {_SILENT_ROUNDS} rounds"))
+        for agent in sorted(opened.members):
+            actions += self._account(agent, opened, plan.round, applied=not skipped)
         if skipped:
-            actions.append(
-                Note("skipped", None, f"round {plan.round}: {len(counted)} of {self._needed(opened)} needed")
-            )
+            missing = f"round {plan.round}: {len(counted)} of {self._needed(opened)} needed"
+            actions.append(Note("skipped", None, missing))
+        else:
+            actions += [Note("suspect", agent, text) for agent, text in self.outliers.observe(counted)]
         replies = {a: (reply, a in counted and not skipped) for a, reply in opened.answered.items()}
         loss = None if skipped else mean_loss(counted)
         actions.append(Commit(record, loss, opened.opened_s, replies))
         return actions + self._open_next(now)
+
+    def _account(self, agent: int, opened: _Open, round_: int, *, applied: bool) -> list[Action]:
+        """Note what an agent did in a round that is over."""
+        member = self.members[agent]
+        if agent in opened.counted and applied:
+            member.counted += 1
+            return []
+        member.missed += 1
+        actions: list[Action] = [Note("missed", agent, f"round {round_}")]
+        if agent in opened.waiting:
+            member.silent += 1
+            if member.silent == _SILENT_ROUNDS:
+                member.exclusions += 1
+                member.back_at = round_ + min(_LONGEST_EXCLUSION, 2**member.exclusions)
+                actions.append(Note("excluded", agent, f"silent for {_SILENT_ROUNDS} rounds"))
+        return actions
 
     def _open_next(self, now: float) -> list[Action]:
         round_ = self.replica.round
@@ -307,7 +396,16 @@ class Rounds:
             cohort=Cohort(None if everybody else frozenset(members)),
             records=tuple(self._recent),
         )
-        self._open = _Open(message, now, now, self._resend_s, members)
+        self._open = _Open(
+            message=message,
+            opened_s=now,
+            announced_s=now,
+            resend_s=self._resend_s,
+            digest=self._recent[-1].digest if self._recent else self.replica.digest(),
+            members=frozenset(members),
+            waiting=set(members),
+            present={agent for agent in members if self.members[agent].online},
+        )
         return [Announce(message)]
 
     def _choose(self, round_: int) -> list[int]:

@@ -8,7 +8,7 @@ A record is committed to the disk before anybody hears of it.
 import hashlib
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -119,7 +119,7 @@ class ScalarLog:
 
     def __len__(self) -> int:
         """Number of records, which is the round that comes next."""
-        return int(self._db.execute("SELECT COUNT(*) FROM records").fetchone()[0])
+        return int(self._db.execute("SELECT COALESCE(MAX(round) + 1, 0) FROM records").fetchone()[0])
 
     def meta(self) -> dict[str, str]:
         """Return all that was noted about the run."""
@@ -144,6 +144,7 @@ class ScalarLog:
         opened_at: float,
         closed_at: float,
         replies: Mapping[str, tuple[Reply, bool, float]],
+        events: Sequence[tuple[float, str, str, str]] = (),
     ) -> None:
         """Commit a record and the replies behind it; when this returns, they are on the disk.
 
@@ -153,6 +154,7 @@ class ScalarLog:
             opened_at: Unix time of the first announcement.
             closed_at: Unix time.
             replies: By agent name: the reply, whether it was counted, and when it came.
+            events: What happened until then: Unix time, kind, agent, text.
 
         Raises:
             LogError: The record is not the next one, or the disk does not take it.
@@ -173,33 +175,47 @@ class ScalarLog:
         try:
             with self._db:
                 self._db.execute("INSERT INTO records VALUES (?, ?, ?, ?, ?, ?, ?)", row)
-                for agent, (reply, counted, at) in replies.items():
-                    self._insert_reply(agent, reply, counted=counted, at=at)
+                self._insert_replies((a, reply, counted, at) for a, (reply, counted, at) in replies.items())
+                self._insert_events(events)
         except sqlite3.Error as error:
             raise LogError(
                 f"round {record.plan.round} could not be written to {self.path}: {error}",
                 hint="Free some disk space, then go on with --resume: nothing is lost.",
             ) from None
 
-    def add_late_reply(self, agent: str, reply: Reply, at: float) -> None:
-        """Note a reply that came after its round was closed; it changes nothing."""
-        with self._db:
-            self._insert_reply(agent, reply, counted=False, at=at)
+    def add_notes(
+        self, events: Sequence[tuple[float, str, str, str]], late: Sequence[tuple[str, Reply, float]]
+    ) -> None:
+        """Note what happened, and replies that came after their round was closed; they change nothing.
 
-    def _insert_reply(self, agent: str, reply: Reply, *, counted: bool, at: float) -> None:
-        self._db.execute(
+        Args:
+            events: Unix time, kind, agent, text.
+            late: Agent, reply, Unix time.
+        """
+        with self._db:
+            self._insert_events(events)
+            self._insert_replies((agent, reply, False, at) for agent, reply, at in late)
+
+    def _insert_events(self, events: Sequence[tuple[float, str, str, str]]) -> None:
+        self._db.executemany("INSERT INTO events VALUES (?, ?, ?, ?)", events)
+
+    def _insert_replies(self, replies: Iterable[tuple[str, Reply, bool, float]]) -> None:
+        self._db.executemany(
             "INSERT INTO replies VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
-                reply.round,
-                agent,
-                reply.attempt,
-                reply.samples,
-                reply.loss,
-                reply.peak_kib,
-                f"{reply.digest:016x}",
-                reply.scalars.astype("<f4").tobytes(),
-                int(counted),
-                at,
+                (
+                    reply.round,
+                    agent,
+                    reply.attempt,
+                    reply.samples,
+                    None if reply.failed else reply.loss,
+                    reply.peak_kib,
+                    f"{reply.digest:016x}",
+                    reply.scalars.astype("<f4").tobytes(),
+                    int(counted),
+                    at,
+                )
+                for agent, reply, counted, at in replies
             ),
         )
 
@@ -210,9 +226,7 @@ class ScalarLog:
 
     def add_event(self, kind: str, agent: str = "", text: str = "", *, at: float | None = None) -> None:
         """Note that something happened."""
-        when = time.time() if at is None else at
-        with self._db:
-            self._db.execute("INSERT INTO events VALUES (?, ?, ?, ?)", (when, kind, agent, text))
+        self.add_notes([(time.time() if at is None else at, kind, agent, text)], [])
 
     def set_agents(self, rows: Sequence[tuple[int, str, str, float | None, float | None]]) -> None:
         """Note the fleet: number, name, profile, budget and predicted peak in MiB."""
@@ -227,6 +241,10 @@ class ScalarLog:
     def replies_of(self, agent: str) -> int:
         """Return how many replies of an agent came, late ones and failed ones too."""
         return self._count("SELECT COUNT(*) FROM replies WHERE agent = ?", agent)
+
+    def answered_at_once(self, start: int = 0) -> int:
+        """Return how many replies from round ``start`` on were counted without a second announcement."""
+        return self._count("SELECT COUNT(*) FROM replies WHERE attempt = 0 AND counted AND round >= ?", start)
 
     def count_events(self, kind: str, agent: str) -> int:
         """Return how often something happened to an agent."""
@@ -247,7 +265,7 @@ class ScalarLog:
         row = self._db.execute(query).fetchone()
         return None if row is None else (float(row[0]), float(row[1]))
 
-    def _count(self, query: str, *values: str) -> int:
+    def _count(self, query: str, *values: str | int) -> int:
         return int(self._db.execute(query, values).fetchone()[0])
 
     def records(self, start: int = 0, stop: int | None = None) -> Iterator[RoundRecord]:

@@ -6,13 +6,15 @@ is published. Whatever arrives and does not belong is counted and dropped.
 
 import json
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from coordinator.rounds import Action, Announce, Commit, Late, Rounds
 from coordinator.scalar_log import ScalarLog
+from coordinator.status import read_status
 from edge_agent.link import Connected, Link, Message
+from edge_agent.roster import pack_names
 from edge_agent.topics import Topics, shard_of
 from edge_agent.wire import Reply, RoundRecord, Slice, SliceRequest, decode, encode
 from profiles.errors import WireError
@@ -22,7 +24,14 @@ __all__ = ["Service"]
 _TICK_S = 0.25
 _SLICE_BYTES = 200_000
 _SLICE_RECORDS = 512
-_LARGEST_STATUS = 16_384
+_SLICE_BURST = 64.0
+_SLICES_A_SECOND = 4.0
+_LONGEST_PUMP_S = 0.25
+_REPEAT_S = 1.0
+_OWN = 64
+_MOST_PROCESSES = 64
+_TOLD_AT = {*range(1, 21), *(10**n for n in range(2, 10))}
+_STRANGERS_TOLD_AT = {10**n for n in range(10)}
 
 
 class Service:
@@ -69,12 +78,23 @@ class Service:
         self._rounds = rounds
         self._agents = list(agents)
         self._numbers = {name: number for number, name in enumerate(agents)}
+        self._roster = pack_names(agents)
         self._bundle_identity = bundle_identity
         self._shards = shards
         self._on_commit = on_commit
         self._on_idle = on_idle
         self._clock = clock
         self._closing_since: float | None = None
+        self._processes: dict[str, set[int]] = {}
+        self._told: Counter[tuple[str, str]] = Counter()
+        self._events: list[tuple[float, str, str, str]] = []
+        self._late: list[tuple[str, Reply, float]] = []
+        self._notes_at = 0.0
+        self._published: dict[str, bytes] = {}
+        self._own: deque[bytes] = deque(maxlen=_OWN)  # what we said lately, which may still come back to us
+        self._foreign = False
+        self._repeated_at = 0.0
+        self._slices: dict[str, tuple[float, float]] = {}  # by agent: tokens left, and when that was
 
     def run(self, *, stop: Callable[[], bool], farewell_s: float = 20.0) -> None:
         """Serve until all rounds are closed and every agent that is there has caught up, or told to stop.
@@ -85,33 +105,47 @@ class Service:
         """
         self.start()
         idle_at = 0.0
-        while not stop():
-            self.pump(_TICK_S)
-            now = self._clock()
-            if now - idle_at >= _TICK_S:
-                idle_at = now
-                self._on_idle()
-            if self._rounds.finished and self._farewell(now, farewell_s):
-                return
+        try:
+            while not stop():
+                self.pump(_TICK_S)
+                now = self._clock()
+                if now - idle_at >= _TICK_S:
+                    idle_at = now
+                    self._on_idle()
+                if self._rounds.finished and self._farewell(now, farewell_s):
+                    return
+        finally:
+            self._write_notes()
 
     def start(self) -> None:
         """Subscribe, publish the configuration and open the first round."""
-        for pattern in ("u/#", "st/#", "q/#"):
+        for pattern in ("u/#", "st/#", "q/#", "r/#", "ctl"):
             self._link.subscribe(self._topics.base + pattern)
         self._publish_control()
         self._act(self._rounds.start(self._clock()))
 
     def pump(self, timeout_s: float = 0.0) -> None:
-        """Handle all that has arrived; wait for the first event as long as ``timeout_s``."""
+        """Handle what has arrived, for at most a quarter of a second; wait for the first ``timeout_s``."""
+        until = self._clock() + timeout_s + _LONGEST_PUMP_S
         event = self._link.receive(timeout_s)
         while event is not None:
+            now = self._clock()
             if isinstance(event, Message):
-                self._on_message(event, self._clock())
+                self._on_message(event, now)
             elif isinstance(event, Connected):
-                self._publish_control()
-                self._act(self._rounds.announce_again(self._clock()))
+                self._rounds.on_link(up=True)
+                self._repeat(now)
+            else:
+                self._rounds.on_link(up=False)
+            if now >= until:  # a flood must not keep the clock from being looked at
+                break
             event = self._link.receive(0.0)
-        self._act(self._rounds.on_tick(self._clock()))
+        now = self._clock()
+        if self._foreign and now - self._repeated_at >= _REPEAT_S:
+            self._repeat(now)
+        self._act(self._rounds.on_tick(now))
+        if (self._events or self._late) and now - self._notes_at >= _REPEAT_S:
+            self._write_notes()
 
     def announce_state(self, state: str) -> None:
         """Publish the run's configuration with another state, such as "stopped"."""
@@ -134,10 +168,25 @@ class Service:
         control = {
             "state": state,
             "bundle": self._bundle_identity,
-            "agents": self._agents,
+            "epoch": self._rounds.epoch,
+            "agents": self._roster,
             "shards": self._shards,
         }
-        self._link.publish(self._topics.control, json.dumps(control).encode(), retain=True)
+        self._say(self._topics.control, json.dumps(control).encode())
+
+    def _say(self, topic: str, payload: bytes) -> None:
+        """Publish what all shall hear, retained, and remember it, so that another's word is noticed."""
+        self._published[topic] = payload
+        if payload not in self._own:
+            self._own.append(payload)
+        self._link.publish(topic, payload, retain=True)
+
+    def _repeat(self, now: float) -> None:
+        """Say again what is true, after the broker may have forgotten it, or somebody else spoke."""
+        self._foreign = False
+        self._repeated_at = now
+        self._publish_control()
+        self._act(self._rounds.announce_again(now))
 
     def _farewell(self, now: float, farewell_s: float) -> bool:
         """Return whether every agent has reported the last digest, or waiting longer is no use."""
@@ -157,12 +206,12 @@ class Service:
             elif isinstance(action, Announce):
                 payload = encode(action.message)
                 for shard in range(self._shards):
-                    self._link.publish(self._topics.round(shard), payload, retain=True)
+                    self._say(self._topics.round(shard), payload)
             elif isinstance(action, Late):
-                self._log.add_late_reply(self._agents[action.agent], action.reply, time.time())
+                self._late.append((self._agents[action.agent], action.reply, time.time()))
             else:
                 name = "" if action.agent is None else self._agents[action.agent]
-                self._log.add_event(action.kind, name, action.text)
+                self._tell(action.kind, name, action.text, stranger=action.kind == "refused")
 
     def _commit(self, action: Commit) -> None:
         closed_at = time.time()
@@ -172,50 +221,81 @@ class Service:
         }
         opened_at = closed_at - (self._clock() - action.opened_s)
         self._log.append(
-            action.record, loss=action.loss, opened_at=opened_at, closed_at=closed_at, replies=replies
+            action.record,
+            loss=action.loss,
+            opened_at=opened_at,
+            closed_at=closed_at,
+            replies=replies,
+            events=self._events,
         )
+        self._events.clear()
         self._on_commit(action.record, action.loss)
+
+    def _tell(self, kind: str, name: str, text: str, *, stranger: bool) -> None:
+        """Note an event for people: all of them at first, then ever fewer of what anybody can cause."""
+        always = kind in ("missed", "excluded", "skipped", "extended", "suspect")
+        self._told[kind, name] += 1
+        count = self._told[kind, name]
+        if always or count in (_STRANGERS_TOLD_AT if stranger else _TOLD_AT):
+            self._events.append((time.time(), kind, name, f"{text} (number {count})" if count > 20 else text))
+
+    def _write_notes(self) -> None:
+        """Write what no record has carried into the log."""
+        self._notes_at = self._clock()
+        self._log.add_notes(self._events, self._late)
+        self._events.clear()
+        self._late.clear()
 
     def _on_message(self, message: Message, now: float) -> None:
         kind, *rest = message.topic[len(self._topics.base) :].split("/")
+        if kind in ("r", "ctl"):
+            self._on_own(message)
+            return
         name = rest[-1] if rest else ""
         number = self._numbers.get(name)
         if number is None:
-            self._drop(f"{kind}: not in the fleet", name)
+            self._drop(f"{kind}: not in the fleet", "", name[:64])
         elif kind == "st" and len(rest) == 1:
             self._on_status(number, message.payload, now)
         elif kind == "u" and rest == [str(shard_of(name, self._shards)), name]:
             self._on_reply(number, message.payload, now)
         elif kind == "q" and len(rest) == 1:
-            self._on_request(name, message.payload)
+            self._on_request(name, message.payload, now)
         else:
             self._drop("unknown topic", name)
+
+    def _on_own(self, message: Message) -> None:
+        """Notice when somebody else speaks where only we do; what is true is then said again."""
+        if message.topic not in self._published or message.payload == self._published[message.topic]:
+            return
+        if message.payload not in self._own:
+            self._drop("foreign announcement", "", message.topic[-64:])
+            self._foreign = True
 
     def _on_status(self, number: int, payload: bytes, now: float) -> None:
         name = self._agents[number]
         try:
-            if len(payload) > _LARGEST_STATUS:
-                raise ValueError("too long")
-            status = json.loads(payload)
-            state = status["state"]
-        except (ValueError, KeyError, TypeError):
-            self._drop("malformed status", name)
+            status = read_status(payload)
+        except WireError as error:
+            self._drop("malformed status", name, str(error))
             return
         before = self.statuses.get(name, {})
+        state = status["state"]
+        hello = before.get("state", "offline") == "offline" or before.get("pid") != status.get("pid")
         if before.get("state") != state:
-            self._log.add_event(f"agent {state}", name)
+            self._tell(f"agent {state}", name, status.get("text", ""), stranger=False)
         # A last will says only that the agent is gone: keep what it said before.
         self.statuses[name] = {**before, **status}
         self._count_traffic(name, status)
-        self._act(self._rounds.on_presence(number, online=state != "offline", now=now))
+        online = state != "offline"
+        self._act(self._rounds.on_presence(number, online=online, hello=hello, now=now))
 
     def _count_traffic(self, name: str, status: dict[str, Any]) -> None:
-        try:
-            counts = {key: int(value) for key, value in status["traffic"].items()}
-            self.traffic[name, int(status["pid"])] = {**counts, "rounds": int(status["estimates"])}
-        except (KeyError, TypeError, ValueError, AttributeError):
-            if status["state"] != "offline":
-                self._drop("malformed status", name)
+        pid = status.get("pid", 0)
+        processes = self._processes.setdefault(name, set())
+        if "traffic" in status and (pid in processes or len(processes) < _MOST_PROCESSES):
+            processes.add(pid)
+            self.traffic[name, pid] = {**status["traffic"], "rounds": status.get("estimates", 0)}
 
     def _on_reply(self, number: int, payload: bytes, now: float) -> None:
         try:
@@ -228,7 +308,7 @@ class Service:
             return
         self._act(self._rounds.on_reply(number, message, now))
 
-    def _on_request(self, name: str, payload: bytes) -> None:
+    def _on_request(self, name: str, payload: bytes, now: float) -> None:
         try:
             message = decode(payload)
         except WireError as error:
@@ -236,6 +316,9 @@ class Service:
             return
         if not isinstance(message, SliceRequest) or message.first > len(self._log):
             self._drop("not a request", name)
+            return
+        if not self._may_have_slice(name, now):
+            self._drop("requests too often", name)
             return
         records: list[RoundRecord] = []
         size = 0
@@ -247,10 +330,16 @@ class Service:
         answer = Slice(self._rounds.epoch, message.first, tuple(records))
         self._link.publish(self._topics.answer(name), encode(answer))
 
+    def _may_have_slice(self, name: str, now: float) -> bool:
+        """Take a token from the agent's bucket, if there is one: a short question has a long answer."""
+        tokens, at = self._slices.get(name, (_SLICE_BURST, now))
+        tokens = min(_SLICE_BURST, tokens + _SLICES_A_SECOND * (now - at))
+        self._slices[name] = (max(0.0, tokens - 1.0), now)
+        return tokens >= 1.0
+
     def _drop(self, reason: str, name: str, text: str = "") -> None:
         self.dropped[reason] += 1
-        if self.dropped[reason] in (1, 10, 100, 1000):  # the log is not the flood's to fill
-            self._log.add_event("dropped", name[:64], f"{reason}: {text}"[:200])
+        self._tell("dropped", name, f"{reason}: {text}"[:200], stranger=True)
 
     def counts(self) -> Mapping[str, int]:
         """Return how many messages were dropped so far, by reason."""

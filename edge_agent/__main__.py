@@ -9,18 +9,19 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from edge_agent.agent import Agent, Report
 from edge_agent.bundle import Bundle, read_bundle
-from edge_agent.data import Samples, batch_indices, load_samples, to_inputs
-from edge_agent.estimator import Estimate, estimate
+from edge_agent.data import Samples, load_samples, to_inputs
+from edge_agent.estimator import Estimate
 from edge_agent.forward import Forward
 from edge_agent.heartbeat import Heartbeat
 from edge_agent.link import Connected, Disconnected, Link, Message, MqttLink
+from edge_agent.measure import measure
 from edge_agent.replay import Replica
 from edge_agent.state import load_replica, save_replica
 from edge_agent.telemetry import read_telemetry
@@ -118,8 +119,11 @@ class _Process:
             self.enforcement = enforce(options.memory_mib)
         self.state_path: Path | None = None
         if options.state is not None:
-            options.state.mkdir(parents=True, exist_ok=True)
-            self.state_path = options.state / "replica.state"
+            try:
+                options.state.mkdir(parents=True, exist_ok=True)
+                self.state_path = options.state / "replica.state"
+            except OSError as error:
+                _LOG.warning("%s cannot be used: %s; going on without", options.state, error)
         self.agent = Agent(
             name=options.name,
             bundle_identity=self.bundle.identity,
@@ -134,6 +138,7 @@ class _Process:
         self.saved_at = time.monotonic()
         self.status_at = 0.0
         self.state = "starting"
+        self.text = ""
 
     def run(self) -> int:
         """Serve until SIGTERM or SIGINT."""
@@ -195,7 +200,7 @@ class _Process:
     def _on_control(self, link: Link, payload: bytes, now: float) -> list[Reply | SliceRequest | Report]:
         try:
             control: dict[str, Any] = json.loads(payload)
-        except ValueError:
+        except (ValueError, RecursionError):
             control = {}
         outgoing = self.agent.on_control(control, now)
         if self.agent.shards:
@@ -212,7 +217,7 @@ class _Process:
         else:
             if message.text:
                 _LOG.warning("%s: %s", message.state, message.text)
-            self.state = message.state
+            self.state, self.text = message.state, message.text
             if self.agent.shards:
                 self.heart.join(f"in run {self.options.run} as {name}")
             self._publish_status(link)
@@ -221,21 +226,7 @@ class _Process:
         if self.forward is None or self.forward_of is not replica:
             self.forward = Forward(self.bundle, replica.weights, threads=self.options.threads)
             self.forward_of = replica
-        forward, plan = self.forward, opened.plan
-
-        def loss_of_step(step: int) -> Callable[[], float]:
-            count = plan.round * plan.steps + step
-            indices = batch_indices(plan.seed, number, count, opened.batch_size, len(self.samples))
-            batch = self.samples.pick(indices)
-            x = to_inputs(batch.x)
-
-            def loss() -> float:
-                self.heart.progress()
-                return forward.loss(x, batch.y)
-
-            return loss
-
-        return estimate(replica, plan, loss_of_step, central=opened.central)
+        return measure(self.forward, self.samples, replica, opened, number, on_pass=self.heart.progress)
 
     def _first_replica(self) -> Replica:
         if self.state_path is not None:
@@ -274,6 +265,7 @@ class _Process:
         status = {
             "name": self.options.name,
             "state": self.state,
+            "text": self.text[:200],
             "version": _version(),
             "profile": self.options.profile,
             "pid": os.getpid(),

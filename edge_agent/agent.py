@@ -13,12 +13,15 @@ from typing import Any
 
 from edge_agent.estimator import Estimate
 from edge_agent.replay import Replica, apply_record
-from edge_agent.wire import Reply, RoundOpen, RoundRecord, Slice, SliceRequest, decode
-from profiles.errors import BundleError, DigestError, EstimateError, LogError, WireError
+from edge_agent.roster import number_in
+from edge_agent.wire import Reply, RoundOpen, RoundPlan, RoundRecord, SliceRequest, decode
+from profiles.errors import DigestError, EstimateError, LogError, WireError
 
 __all__ = ["Agent", "Report"]
 
 _ASK_AGAIN_S = 2.0
+_MOST_SHARDS = 4096
+_DOUBTS = 3
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,9 @@ class Agent:
         self._epoch = 0
         self._open: RoundOpen | None = None
         self._reply: Reply | None = None
+        self._reply_to: tuple[RoundPlan, int, bool] | None = None  # what the reply in memory answers
         self._asked_at: float | None = None
+        self._disagreed = 0  # how often in a row a log that began with the bundle led elsewhere
         self._closed = False
         self._followed_epoch = 0  # the epoch whose log took the replica to where it is
 
@@ -85,18 +90,32 @@ class Agent:
         return self._epoch
 
     def on_control(self, control: dict[str, Any], now: float) -> list[Reply | SliceRequest | Report]:
-        """Take in the run's configuration: who is in the fleet, and with which bundle."""
+        """Take in the run's configuration: who is in the fleet, with which bundle, and who may speak.
+
+        Whoever can write the control message decides the epoch, downwards too: an announcement that was
+        forged with a high epoch shuts nobody out for longer than until the coordinator speaks again.
+        """
         try:
-            bundle, names, shards = control["bundle"], list(control["agents"]), int(control["shards"])
+            bundle, shards, epoch = control["bundle"], control["shards"], control["epoch"]
+            number = number_in(control["agents"], self.name)
+            if type(shards) is not int or not 1 <= shards <= _MOST_SHARDS:
+                raise ValueError("shards")
+            if type(epoch) is not int or not 0 <= epoch <= 0xFFFF:
+                raise ValueError("epoch")
         except (KeyError, TypeError, ValueError):
             self.dropped["malformed control"] += 1
             return []
         if bundle != self._bundle_identity:
-            return [Report("refused", f"the run has bundle {bundle[:12]}, not {self._bundle_identity[:12]}")]
-        if self.name not in names:
+            return [Report("refused", f"the run has bundle {bundle!r:.16}, not {self._bundle_identity[:12]}")]
+        if number is None:
             return [Report("refused", f"{self.name} is not in the fleet of this run")]
-        self.shards = max(1, shards)
-        self._number = names.index(self.name)
+        if number != self._number:
+            self._reply = None  # it was measured with the samples of another number
+        self.shards = shards
+        self._number = number
+        self._epoch = epoch
+        if self._open is not None and self._open.epoch > epoch:
+            self._open = None
         return [Report("ready"), *self._advance(now)]
 
     def on_message(self, payload: bytes, now: float) -> list[Reply | SliceRequest | Report]:
@@ -105,15 +124,12 @@ class Agent:
         Args:
             payload: As it came; anything that does not decode is counted and dropped.
             now: Seconds on a monotonic clock.
-
-        Raises:
-            BundleError: The log cannot be replayed from this bundle: nothing the agent does can help.
         """
         try:
             message = decode(payload)
-        except WireError as error:
+        except WireError:
             self.dropped["undecodable"] += 1
-            return [Report("ready", f"dropped a message: {error}")]
+            return []
         if isinstance(message, (Reply, SliceRequest)):
             self.dropped["unexpected kind"] += 1
             return []
@@ -128,16 +144,23 @@ class Agent:
             self.dropped["late"] += 1
             return []
         self._epoch = message.epoch
-        if isinstance(message, Slice):
-            self._asked_at = None
-            self._apply(message.records)
-        else:
+        if isinstance(message, RoundOpen):
             self._open = message
+            return self._advance(now)
+        self._asked_at = None
+        doubts = self._disagreed
+        self._apply(message.records)
+        if self._disagreed > doubts:
+            self._asked_at = now  # the same question has the same answer: ask again later
+            if self._disagreed == _DOUBTS:
+                return [Report("refused", "the log does not follow from this bundle")]
+            return []
         return self._advance(now)
 
     def on_tick(self, now: float) -> list[Reply | SliceRequest | Report]:
         """Ask again for records that did not come."""
-        if self._asked_at is not None and now - self._asked_at >= _ASK_AGAIN_S:
+        patience_s = _ASK_AGAIN_S * 2 ** min(self._disagreed, 5)
+        if self._asked_at is not None and now - self._asked_at >= patience_s:
             self._asked_at = None
             return self._advance(now)
         return []
@@ -183,8 +206,9 @@ class Agent:
 
     def _answer(self, opened: RoundOpen, number: int) -> Reply:
         """Return the reply to a round, from memory if it was measured before."""
-        if self._reply is None or self._reply.round != opened.plan.round:
-            self._reply = self._measured(opened, number)
+        asked = (opened.plan, opened.batch_size, opened.central)
+        if self._reply is None or self._reply_to != asked:
+            self._reply, self._reply_to = self._measured(opened, number), asked
         return replace(self._reply, epoch=opened.epoch, attempt=opened.attempt)
 
     def _measured(self, opened: RoundOpen, number: int) -> Reply:
@@ -216,9 +240,11 @@ class Agent:
         try:
             for record in following:
                 apply_record(self.replica, record, check=record is following[-1])
-        except DigestError as error:
+        except DigestError:
             self._start_again("digest disagreed")
-            if from_bundle and self.dropped["digest disagreed"] > 3:
-                raise BundleError(f"the log does not follow from this bundle: {error}") from error
-        except LogError as error:
-            self.dropped[f"record refused: {error}"] += 1
+            self._disagreed += from_bundle
+        except LogError:
+            self._start_again("record refused")
+            self._disagreed += from_bundle
+        else:
+            self._disagreed = 0

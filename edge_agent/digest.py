@@ -14,6 +14,7 @@ import struct
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_agent.native.kernel import find_kernel
 from edge_agent.noise import BLOCK, NoiseKey, hash_words, mix64, mix64_array
 
 __all__ = ["fold", "join", "of_floats"]
@@ -23,12 +24,15 @@ _KEYS = hash_words(NoiseKey(0x6E68, 0, 0, 0), 0, BLOCK)
 _CHUNK_BLOCKS = 64
 
 
-def fold(words: NDArray[np.uint32]) -> int:
+def fold(words: NDArray[np.uint32], *, threads: int = 1) -> int:
     """Return the 64-bit sum of the scrambled block hashes of ``words``.
 
     Args:
         words: Any number of 32-bit words; a last, short block counts as if filled up with zeros.
+        threads: Threads of the compiled kernel.
     """
+    if (kernel := find_kernel()) is not None:
+        return kernel.fold(words, threads=threads)
     total = 0
     chunk = BLOCK * _CHUNK_BLOCKS
     for start in range(0, words.size, chunk):

@@ -9,7 +9,9 @@ for bit, with no second copy. A *segment* is a run of the flat weight vector wit
 The quarter in between is room for what is added and taken away within a round: a perturbation of at
 most 1/8 limit and the private moves of all local steps together of at most 1/8 limit.
 
-Every operation is elementwise and in a fixed order: integers, then float32 + - * / and sqrt.
+Every operation is elementwise and in a fixed order: integers, then float32 + - * and division by
+powers of two. What numpy computes here defines the bits; the compiled kernel, where there is one,
+gives the same.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,9 +20,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_agent.native.kernel import find_kernel
 from edge_agent.noise import CHUNK, NoiseKey, chunk_words, values
 
 __all__ = [
+    "NO_LIMIT",
     "RESERVE_STEPS",
     "WEIGHT_STEPS",
     "Segment",
@@ -30,6 +34,7 @@ __all__ = [
     "finite",
     "inverse_root",
     "move",
+    "nudge",
     "perturb",
     "plan_segments",
     "round_update",
@@ -45,6 +50,9 @@ RESERVE_STEPS = 1 << 21
 
 WEIGHT_STEPS = 3 << 22
 """Grid steps beyond which an update does not move a weight: 3/4 of 2**24."""
+
+NO_LIMIT = 1 << 26
+"""Grid steps that no weight comes near."""
 
 _LARGEST_WHOLE = 127 * 128
 _ROUNDING = 1 << 32
@@ -154,6 +162,7 @@ def perturb(
     *,
     epsilon: float,
     curvature: NDArray[np.uint16] | None = None,
+    threads: int = 1,
 ) -> None:
     """Add ``sum_t times_t * epsilon * z_t`` to the weights, in place and exactly undoable.
 
@@ -167,7 +176,21 @@ def perturb(
         terms: What to add; the absolute ``times`` add up to at most 4.
         epsilon: Step of the finite difference, > 0.
         curvature: bfloat16 bits, shape of ``weights``; None for h = 1.
+        threads: Threads of the compiled kernel.
     """
+    if not terms:
+        return
+    if (kernel := find_kernel()) is not None:
+        kernel.perturb(
+            weights,
+            segments,
+            [term.key for term in terms],
+            [term.times for term in terms],
+            epsilon=float(finite(epsilon)),
+            curvature=curvature,
+            threads=threads,
+        )
+        return
     amount = finite(epsilon)
     limit = np.float32(RESERVE_STEPS)
     for start, stop, exponent in chunks(segments):
@@ -249,6 +272,7 @@ def move(
     limit: int,
     direction: int,
     curvature: NDArray[np.uint16] | None = None,
+    threads: int = 1,
 ) -> None:
     """Make a private step ``w -= rate / P * sum_p g_p z_p`` that the same call takes back exactly.
 
@@ -261,9 +285,24 @@ def move(
         limit: Grid steps that one move may displace a weight; ``RESERVE_STEPS // K`` for K local steps.
         direction: +1 makes the move, -1 takes it back.
         curvature: As in :func:`perturb`.
+        threads: Threads of the compiled kernel.
     """
     wholes, unit = whole_scalars(scalars)
     amount = finite(rate * unit / len(keys))
+    if (kernel := find_kernel()) is not None:
+        kernel.update(
+            weights,
+            segments,
+            [keys],
+            wholes[None],
+            [amount],
+            largest_move=limit,
+            largest_weight=NO_LIMIT,
+            direction=direction,
+            curvature=curvature,
+            threads=threads,
+        )
+        return
     for start, stop, exponent in chunks(segments):
         scale = step_scale(exponent)
         steps = weighted_noise(keys, wholes, start, stop - start)
@@ -273,3 +312,35 @@ def move(
         round_update(steps, rounding_words(keys[0], start, stop - start), limit)
         steps /= np.float32(direction) * scale
         weights[start:stop] -= steps
+
+
+def nudge(
+    weights: NDArray[np.float32],
+    segments: Sequence[Segment],
+    indices: NDArray[np.int64],
+    changes: NDArray[np.float32],
+    words: NDArray[np.uint32],
+    *,
+    limit: int,
+    direction: int = 1,
+    largest: int = NO_LIMIT,
+) -> None:
+    """Subtract changes, rounded to the grid, from single weights; the same call takes it back exactly.
+
+    Args:
+        weights: Flat float32 vector on the grid, changed in place.
+        segments: Grids of the whole vector.
+        indices: Which weights, none twice.
+        changes: What to subtract from each, float32.
+        words: Random words by which it is rounded, one for each.
+        limit: Grid steps that a weight may be displaced by.
+        direction: +1, or -1 to take it back.
+        largest: Grid steps beyond which no weight moves; a call that is to be taken back has no limit.
+    """
+    table = np.array([step_scale(segment.exponent) for segment in segments], np.float32)
+    starts = np.array([segment.start for segment in segments], np.int64)
+    scale = table[np.searchsorted(starts, indices, side="right") - 1]
+    steps = round_update(changes * scale, words, limit)
+    steps /= np.float32(direction) * scale
+    bound = np.float32(largest) / scale
+    weights[indices] = np.clip(weights[indices] - steps, -bound, bound)

@@ -33,6 +33,8 @@ __all__ = [
 
 _KEEPALIVE_S = 30
 _SLOWEST_RECONNECT_S = 15.0
+_MOST_WAITING = 20_000
+_MOST_WAITING_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,9 @@ class MqttLink:
         self._events: queue.SimpleQueue[Message | Connected | Disconnected] = queue.SimpleQueue()
         self._patterns: list[str] = []
         self._failures = 0
+        self._closing = False
+        self._arrived_bytes = 0  # each of these has one writer: the network's thread, and the receiver's
+        self._taken_bytes = 0
         self._sent: deque[mqtt.MQTTMessageInfo] = deque()
         host, port = _address(url)
         self._client = mqtt.Client(
@@ -151,7 +156,9 @@ class MqttLink:
     def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
         """Send at least once if the link is up or comes up; never blocks."""
         self.traffic.sent(topic, payload, 1)
-        self._sent.append(self._client.publish(topic, payload, qos=1, retain=retain))
+        info = self._client.publish(topic, payload, qos=1, retain=retain)
+        if info.rc != mqtt.MQTT_ERR_QUEUE_SIZE:
+            self._sent.append(info)
         while self._sent and _is_over(self._sent[0]):
             self._sent.popleft()
 
@@ -165,9 +172,12 @@ class MqttLink:
     def receive(self, timeout_s: float) -> Message | Connected | Disconnected | None:
         """Return the next event, or None when none came within the time."""
         try:
-            return self._events.get(timeout=max(0.0, timeout_s))
+            event = self._events.get(timeout=timeout_s) if timeout_s > 0 else self._events.get_nowait()
         except queue.Empty:
             return None
+        if isinstance(event, Message):
+            self._taken_bytes += len(event.payload)
+        return event
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until all that was published is acknowledged; return whether it was in time."""
@@ -180,6 +190,7 @@ class MqttLink:
 
     def close(self) -> None:
         """Say goodbye; the last will is not sent."""
+        self._closing = True
         self._client.disconnect()
         self._client.loop_stop()
 
@@ -217,9 +228,20 @@ class MqttLink:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def _on_message(self, _client: mqtt.Client, _data: Any, message: mqtt.MQTTMessage) -> None:
+        try:
+            topic = message.topic
+        except UnicodeDecodeError:
+            return
         payload = bytes(message.payload)
-        self.traffic.received(message.topic, payload, message.qos)
-        self._events.put(Message(message.topic, payload))
+        self.traffic.received(topic, payload, message.qos)
+        self._arrived_bytes += len(payload)
+        self._events.put(Message(topic, payload))
+        # A flood waits at the broker, not in our memory: read no more until the receiver has caught up.
+        while (
+            self._events.qsize() > _MOST_WAITING
+            or self._arrived_bytes - self._taken_bytes > _MOST_WAITING_BYTES
+        ) and not self._closing:
+            time.sleep(0.002)
 
 
 def _is_over(info: mqtt.MQTTMessageInfo, timeout_s: float = 0.0) -> bool:

@@ -9,6 +9,7 @@ program computes with is what a record says.
 """
 
 import struct
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -22,6 +23,7 @@ from profiles.errors import WireError
 __all__ = [
     "LARGEST_SCALAR",
     "MAX_MESSAGE",
+    "MAX_SCALARS",
     "WIRE_VERSION",
     "Cohort",
     "Reply",
@@ -41,10 +43,13 @@ WIRE_VERSION = 1
 MAX_MESSAGE = 1 << 20
 """No message is longer; whatever is, is refused before it is looked at."""
 
+MAX_SCALARS = 0xFFFF
+"""No round asks for more: a reply counts its scalars with 16 bits."""
+
 LARGEST_SCALAR = 1e9
 """A projected gradient or loss beyond this is no estimate of anything."""
 
-_PLAN = struct.Struct("<IQBBBBHff")
+_PLAN = struct.Struct("<IQBBBBHHff")
 _RECORD = struct.Struct("<HBQ")
 _OPEN = struct.Struct("<BBHHHBBIH")
 _REPLY = struct.Struct("<BBHIHHIfIQ")
@@ -72,6 +77,7 @@ class RoundPlan:
         epsilon: Step of the finite difference, > 0.
         learning_rate: Learning rate of this round, >= 0.
         constants: The method's constants in its order.
+        exact: Exact scalars a step Q: coordinates of the last layer's gradient; 0 for none.
         noise_version: Which bits the noise has.
     """
 
@@ -83,12 +89,18 @@ class RoundPlan:
     epsilon: float
     learning_rate: float
     constants: tuple[float, ...] = ()
+    exact: int = 0
     noise_version: int = NOISE_VERSION
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "epsilon", _single(self.epsilon))
         object.__setattr__(self, "learning_rate", _single(self.learning_rate))
         object.__setattr__(self, "constants", tuple(_single(value) for value in self.constants))
+
+    @property
+    def scalars(self) -> int:
+        """Scalars of a local step: P projected gradients, then what else the plan asks."""
+        return self.perturbations + self.exact + method_by_code(self.method).losses
 
     def keys(self, step: int) -> list[NoiseKey]:
         """Return the noise keys of a local step's P perturbations."""
@@ -103,7 +115,7 @@ class RoundRecord:
         plan: What was asked.
         epoch: Incarnation of the coordinator that closed the round.
         skipped: No quorum came together; replay only counts the round.
-        scalars: Aggregated projected gradients, float32 of shape (K, P); zeros when skipped.
+        scalars: Aggregated scalars, float32 of shape (K, ``plan.scalars``); zeros when skipped.
         digest: Of the replica after this record.
     """
 
@@ -183,7 +195,7 @@ class Reply:
         loss: Mean loss over the samples and forwards, or NaN if the estimate failed.
         peak_kib: Largest resident size of the agent's process so far.
         digest: Of the agent's replica before the round.
-        scalars: Projected gradients, float32 of shape (K * P,), step by step; empty if it failed.
+        scalars: Float32 of shape (K * ``plan.scalars``,), step by step; empty if it failed.
     """
 
     epoch: int
@@ -236,6 +248,7 @@ def encode(message: RoundOpen | Reply | Slice | SliceRequest) -> bytes:
         )
         return head + cohort + _encode_plan(message.plan) + b"".join(map(encode_record, message.records))
     if isinstance(message, Reply):
+        scalars = message.scalars.astype("<f4").tobytes()
         head = _REPLY.pack(
             WIRE_VERSION,
             _KIND_REPLY,
@@ -248,7 +261,8 @@ def encode(message: RoundOpen | Reply | Slice | SliceRequest) -> bytes:
             message.peak_kib,
             message.digest,
         )
-        return head + message.scalars.astype("<f4").tobytes()
+        check = _check(head[:-8], scalars)
+        return head[:-8] + struct.pack("<Q", message.digest ^ check) + scalars
     if isinstance(message, Slice):
         head = _SLICE.pack(WIRE_VERSION, _KIND_SLICE, message.epoch, message.first, len(message.records))
         return head + b"".join(map(encode_record, message.records))
@@ -284,7 +298,7 @@ def decode(data: bytes) -> RoundOpen | Reply | Slice | SliceRequest:
 
 
 def encode_record(record: RoundRecord) -> bytes:
-    """Return the bytes of a record: its plan, then epoch, flags, digest and K * P float32 scalars."""
+    """Return the bytes of a record: its plan, then epoch, flags, digest and the float32 scalars."""
     head = _RECORD.pack(record.epoch, int(record.skipped), record.digest)
     scalars = b"" if record.skipped else record.scalars.astype("<f4").tobytes()
     return _encode_plan(record.plan) + head + scalars
@@ -331,6 +345,7 @@ def _encode_plan(plan: RoundPlan) -> bytes:
         plan.steps,
         len(plan.constants),
         plan.perturbations,
+        plan.exact,
         plan.epsilon,
         plan.learning_rate,
     )
@@ -338,17 +353,22 @@ def _encode_plan(plan: RoundPlan) -> bytes:
 
 
 def _read_plan(reader: _Reader) -> RoundPlan:
-    round_, seed, noise, method, steps, count, perturbations, epsilon, rate = reader.unpack(_PLAN)
+    round_, seed, noise, method, steps, count, perturbations, exact, epsilon, rate = reader.unpack(_PLAN)
     constants = struct.unpack(f"<{count}f", reader.take(4 * int(count)))
     try:
-        expected = len(method_by_code(int(method)).constants)
+        rule = method_by_code(int(method))
     except KeyError:
         known = ", ".join(f"{m.code} {m.name}" for m in METHODS.values())
         raise WireError(f"method {method} is unknown; this release knows {known}") from None
-    if count != expected:
-        raise WireError(f"method {method} has {expected} constants, the plan {count}")
-    if steps < 1 or perturbations < 1:
-        raise WireError(f"a plan has at least one step and one perturbation, got {steps} and {perturbations}")
+    if count != len(rule.constants):
+        raise WireError(f"method {method} has {len(rule.constants)} constants, the plan {count}")
+    if exact and not rule.head:
+        raise WireError(f"method {method} has no exact scalars, the plan {exact}")
+    asked = int(steps) * (int(perturbations) + int(exact) + rule.losses)
+    if steps < 1 or perturbations < 1 or asked > MAX_SCALARS:
+        raise WireError(
+            f"a plan asks 1 to {MAX_SCALARS} scalars, got {steps} steps of {perturbations} + {exact}"
+        )
     if not (0 < epsilon < np.inf and 0 <= rate < np.inf and all(np.isfinite(constants))):
         raise WireError(f"epsilon {epsilon}, learning rate {rate} or a constant {constants} is out of range")
     return RoundPlan(
@@ -360,6 +380,7 @@ def _read_plan(reader: _Reader) -> RoundPlan:
         epsilon=epsilon,
         learning_rate=rate,
         constants=constants,
+        exact=int(exact),
         noise_version=int(noise),
     )
 
@@ -376,9 +397,9 @@ def _read_record(reader: _Reader) -> RoundRecord:
     epoch, flags, digest = reader.unpack(_RECORD)
     if flags not in (0, 1):
         raise WireError(f"record flags {flags} are unknown")
-    count = plan.steps * plan.perturbations
+    count = plan.steps * plan.scalars
     scalars = np.zeros(count, np.float32) if flags else _read_scalars(reader, count)
-    shaped = scalars.reshape(plan.steps, plan.perturbations)
+    shaped = scalars.reshape(plan.steps, plan.scalars)
     return RoundRecord(plan, int(epoch), bool(flags), shaped, int(digest))
 
 
@@ -411,10 +432,19 @@ def _decode_open(reader: _Reader) -> RoundOpen:
 
 def _decode_reply(reader: _Reader) -> Reply:
     _, _, epoch, round_, attempt, count, samples, loss, peak, digest = reader.unpack(_REPLY)
+    digest = int(digest) ^ _check(reader.data[: _REPLY.size - 8], reader.data[_REPLY.size :])
     scalars = _read_scalars(reader, int(count))
     if scalars.size and not abs(loss) <= LARGEST_SCALAR:
         raise WireError(f"a loss of {loss} is not finite or beyond {LARGEST_SCALAR:g}")
-    return Reply(int(epoch), int(round_), int(attempt), int(samples), loss, int(peak), int(digest), scalars)
+    return Reply(int(epoch), int(round_), int(attempt), int(samples), loss, int(peak), digest, scalars)
+
+
+def _check(head: bytes, scalars: bytes) -> int:
+    """Return what a reply's digest is XORed with: the CRC-32 of all its other bytes, twice.
+
+    A reply with a changed byte has a digest that nobody expects, and costs no byte more.
+    """
+    return zlib.crc32(scalars, zlib.crc32(head)) * 0x1_0000_0001
 
 
 def _decode_slice(reader: _Reader) -> Slice:

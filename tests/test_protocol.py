@@ -215,6 +215,8 @@ def test_a_smaller_cohort_asks_others_each_round(tmp_path):
 def test_a_run_with_another_bundle_is_refused(tmp_path):
     """An agent says so, and estimates nothing."""
     fleet = FleetInMemory(tmp_path)
-    (report,) = fleet.boards[0].agent.on_control({"bundle": "c" * 64, "agents": [], "shards": 1}, 0.0)
+    (report,) = fleet.boards[0].agent.on_control(
+        {"bundle": "c" * 64, "agents": [], "shards": 1, "epoch": 1}, 0.0
+    )
     assert report.state == "refused"
     assert BUNDLE[:12] in report.text

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from coordinator.cli import devices, doctor, flash, log, profile, replay, report, testbed
+from coordinator.cli import devices, doctor, flash, log, profile, replay, report, simulate, testbed
 from profiles.errors import ScalarfedError
 
 __all__ = ["app", "main"]
@@ -30,6 +30,7 @@ app.add_typer(testbed.app, name="testbed")
 app.add_typer(flash.app, name="flash")
 app.add_typer(devices.app, name="devices")
 app.command(name="doctor", epilog=doctor.EXAMPLE)(doctor.doctor)
+app.command(name="simulate", epilog=simulate.EXAMPLE)(simulate.simulate)
 app.add_typer(log.app, name="log")
 app.command(name="replay", epilog=replay.EXAMPLE)(replay.replay)
 app.command(name="report", epilog=report.EXAMPLE)(report.report)

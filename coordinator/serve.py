@@ -1,0 +1,86 @@
+"""The coordinator alone: runs the rounds of a prepared run folder while the agents live elsewhere.
+
+Knows the run folder and the broker's address. Starts neither agents nor a broker, and may be killed at any
+moment: whoever starts it again on the same folder goes on where the log ends.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from coordinator.config import load_experiment
+from coordinator.rebuild import rebuild
+from coordinator.scalar_log import ScalarLog
+from coordinator.service import Service
+from coordinator.testbed import make_rounds
+from edge_agent.bundle import read_bundle
+from edge_agent.link import MqttLink
+from edge_agent.topics import Topics
+from edge_agent.wire import RoundRecord
+
+__all__ = ["serve_run"]
+
+
+def serve_run(
+    run: Path,
+    *,
+    broker: str,
+    on_commit: Callable[[RoundRecord, float | None], None] = lambda record, loss: None,
+    farewell_s: float = 20.0,
+) -> dict[str, Any]:
+    """Run what is left of a run's rounds over a broker, and return how it ended.
+
+    Args:
+        run: A folder that ``testbed.prepare`` made.
+        broker: ``mqtt://HOST:PORT``; it may come and go.
+        on_commit: Called after every record that is on the disk.
+        farewell_s: How long to wait for the agents' last word.
+
+    Raises:
+        ScalarfedError: The folder does not hold a run, or its log does not follow from its bundle.
+    """
+    experiment = load_experiment(run / "experiment.toml")
+    bundle = read_bundle(run / "bundle")
+    with ScalarLog.open(run / "log.sqlite") as log:
+        replica = rebuild(bundle, log)
+        epoch = log.next_epoch()
+        log.add_event("coordinator started", "", f"epoch {epoch}, round {replica.round}")
+        recent = list(log.records(max(0, replica.round - 4)))
+        rounds = make_rounds(experiment, bundle, replica, epoch=epoch, recent=recent)
+        link = MqttLink(broker, client_id=f"{experiment.name}-coordinator")
+        service = Service(
+            link=link,
+            topics=Topics("scalarfed", experiment.name),
+            log=log,
+            rounds=rounds,
+            agents=[agent.name for agent in experiment.agents],
+            bundle_identity=bundle.identity,
+            on_commit=on_commit,
+        )
+        try:
+            service.run(stop=lambda: False, farewell_s=farewell_s)
+        finally:
+            service.announce_state("finished" if rounds.finished else "stopped")
+            link.flush(2.0)
+            link.close()
+        return {
+            "rounds": replica.round,
+            "rounds_skipped": log.skipped(),
+            "final_digest": f"{replica.digest():016x}",
+            "agents": {
+                name: {key: status.get(key) for key in ("state", "round", "digest")}
+                for name, status in service.statuses.items()
+            },
+            "messages_dropped": dict(service.counts()),
+        }
+
+
+def _main(run: str, broker: str) -> None:
+    print(json.dumps(serve_run(Path(run), broker=broker)), flush=True)
+
+
+if __name__ == "__main__":
+    import sys
+
+    _main(*sys.argv[1:])

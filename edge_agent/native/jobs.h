@@ -1,0 +1,48 @@
+/* What the caller hands over; mirrored field by field in kernel.py. */
+#ifndef SCALARFED_JOBS_H
+#define SCALARFED_JOBS_H
+
+#include <stdint.h>
+
+/* A replica's memory, of which elements start to stop are to be worked on. */
+struct span {
+    float *weights;
+    uint16_t *curvature;     /* bfloat16 bits, or NULL for ones */
+    const int64_t *segments; /* count rows of start, stop, exponent */
+    int64_t segment_count;
+    int64_t start, stop;
+};
+
+/* w += sum of times * round(epsilon * z) over terms. */
+struct perturb_job {
+    struct span span;
+    const uint64_t *keys;  /* terms rows of four fields */
+    const int32_t *times;  /* terms */
+    int64_t terms;
+    float epsilon;
+};
+
+/* w -= round(amount * sum of wholes * z) for each step; then, if asked, learn the curvature. */
+struct update_job {
+    struct span span;
+    const uint64_t *keys;   /* steps * perturbations rows of four fields */
+    const int32_t *wholes;  /* steps * perturbations */
+    const float *amounts;   /* steps */
+    int64_t steps, perturbations;
+    float largest_move;     /* in grid steps */
+    float largest_weight;   /* in grid steps; beyond any reach where a move must be taken back */
+    float direction;        /* 1, or -1 to take a move back */
+    int32_t learn;
+    float descent, keep, nu, floor;
+};
+
+/* One compiled path. The functions return 0, or -1 where memory ran out. */
+struct path {
+    const char *name;
+    int (*supported)(void);
+    int (*perturb)(const struct perturb_job *);
+    int (*update)(const struct update_job *);
+    uint64_t (*fold)(const uint32_t *words, int64_t size, int64_t first_block);
+};
+
+#endif

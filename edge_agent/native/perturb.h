@@ -1,0 +1,116 @@
+/* A perturbation, or the change from one to the next, in one pass over the weights. */
+#ifndef SCALARFED_PERTURB_H
+#define SCALARFED_PERTURB_H
+
+#include "sweep.h"
+
+#define LARGEST_PERTURBATION 2097152.0f /* grid steps: RESERVE_STEPS */
+
+struct perturb_state {
+    const struct keys *keys;
+    const int32_t *times;
+    float epsilon;
+};
+
+/* The displacement of one plane by one term, in grid steps times `times`. */
+#if HAS_TABLES
+INLINE table products(float amount)
+{
+    vf t;
+    for (int i = 0; i < LANES; i++)
+        t[i] = (float)outcome(i) * amount;
+    return (table)t;
+}
+INLINE vf product(table t, float amount, vu word, int plane)
+{
+    (void)amount;
+    return (vf)look_up(t, word, plane);
+}
+#else
+typedef int table;
+INLINE table products(float amount) { (void)amount; return 0; }
+INLINE vf product(table t, float amount, vu word, int plane)
+{
+    (void)t;
+    return to_float(signed_value(word, plane)) * amount;
+}
+#endif
+
+INLINE vf whole_steps(vf product) { return nearest(clamp(product, LARGEST_PERTURBATION)); }
+
+enum { MOST_TERMS = 4 };
+
+INLINE void perturb_chunk(float *weights, uint16_t *curvature, uint32_t first_word, const void *given, float step)
+{
+    const struct perturb_state *state = given;
+    const struct keys *keys = state->keys;
+    const float amount = state->epsilon * (1.0f / step);
+    table scaled = products(amount);
+    float unit[MOST_TERMS];
+#if HAS_TABLES
+    table ready[MOST_TERMS];
+#endif
+    for (int64_t t = 0; t < keys->count; t++) {
+        unit[t] = (float)state->times[t] * step;
+#if HAS_TABLES
+        ready[t] = (table)(whole_steps((vf)scaled) * unit[t]);
+#endif
+    }
+    for (int lane = 0; lane < CHUNK_WORDS; lane += LANES) {
+        vf sum[PLANES] = {0}, root[PLANES];
+        if (curvature) {
+#pragma GCC unroll 8
+            for (int plane = 0; plane < PLANES; plane++)
+                root[plane] = inverse_root(curvature_at(curvature + 16 * plane + lane));
+        }
+        for (int64_t t = 0; t < keys->count; t++) {
+            vu word = prepare(hash(lanes_from(first_word + (uint32_t)lane), keys->low[t], keys->high[t]));
+#pragma GCC unroll 8
+            for (int plane = 0; plane < PLANES; plane++) {
+                if (curvature)
+                    sum[plane] += whole_steps(product(scaled, amount, word, plane) * root[plane]) * unit[t];
+#if HAS_TABLES
+                else
+                    sum[plane] += (vf)look_up(ready[t], word, plane);
+#else
+                else
+                    sum[plane] += whole_steps(product(scaled, amount, word, plane)) * unit[t];
+#endif
+            }
+        }
+#pragma GCC unroll 8
+        for (int plane = 0; plane < PLANES; plane++) {
+            float *w = weights + 16 * plane + lane;
+            store(w, load(w) + sum[plane]);
+        }
+    }
+}
+
+static void perturb_plain(float *weights, uint16_t *curvature, uint32_t first_word, const void *given, float step)
+{
+    (void)curvature;
+    perturb_chunk(weights, 0, first_word, given, step);
+}
+
+static void perturb_curved(float *weights, uint16_t *curvature, uint32_t first_word, const void *given, float step)
+{
+    perturb_chunk(weights, curvature, first_word, given, step);
+}
+
+static int perturb(const struct perturb_job *job)
+{
+    struct keys keys;
+    if (job->terms > MOST_TERMS || open_keys(&keys, job->terms))
+        return -1;
+    for (int64_t t = 0; t < job->terms; t++)
+        keys.states[t] = key_state(job->keys + 4 * t);
+    struct perturb_state state = {&keys, job->times, job->epsilon};
+    if (job->span.curvature)
+        sweep(&job->span, &keys, perturb_curved, &state);
+    else
+        sweep(&job->span, &keys, perturb_plain, &state);
+    free(keys.states);
+    return 0;
+}
+
+#endif

@@ -1,0 +1,259 @@
+"""The compiled kernel has numpy's bits on every path, at odd sizes, borders and thread counts."""
+
+import itertools
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from edge_agent import digest, grid
+from edge_agent.grid import RESERVE_STEPS, Segment, Term
+from edge_agent.native.build import SOURCES, build, library_name
+from edge_agent.native.kernel import Kernel, find_kernel, kernel_name, load_kernels
+from edge_agent.noise import NoiseKey
+from edge_agent.replay import Replica, apply_record
+from edge_agent.wire import RoundPlan, RoundRecord
+from profiles.errors import ConfigError
+
+PATHS = ["scalar", "neon", "dotprod"]
+if platform.machine().lower() in ("x86_64", "amd64"):
+    PATHS = ["scalar", "sse2", "avx2", "avx512", "avx512vnni"]
+SIZES = [16, 112, 128, 144, 8192, 8208, 70_000]
+
+
+@pytest.fixture(scope="session")
+def library() -> Path:
+    """The checkout's kernel, compiled anew where a source is younger."""
+    target = SOURCES / library_name()
+    newest = max(
+        source.stat().st_mtime for source in SOURCES.iterdir() if source.suffix in (".c", ".h", ".py")
+    )
+    if not target.exists() or target.stat().st_mtime < newest:
+        try:
+            build(target)
+        except FileNotFoundError as error:
+            pytest.skip(str(error))
+        load_kernels.cache_clear()
+    return target
+
+
+@pytest.fixture(params=PATHS)
+def kernel(library: Path, request: pytest.FixtureRequest) -> Kernel:
+    """Each path in turn."""
+    found = load_kernels(library)
+    if request.param not in found:
+        pytest.skip(f"this processor has no {request.param}")
+    return found[request.param]
+
+
+@pytest.fixture(autouse=True)
+def _numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the package itself computes here is the reference."""
+    monkeypatch.setenv("SCALARFED_KERNEL", "numpy")
+
+
+def borders(size: int) -> list[Segment]:
+    """Return segments of different grids whose borders lie on multiples of 16, not of chunks."""
+    cuts = sorted({0, size} | {cut for cut in (16, 48, 160, 8208, 20_000) if cut < size})
+    return [Segment(a, b, 2 + 3 * (number % 3)) for number, (a, b) in enumerate(itertools.pairwise(cuts))]
+
+
+def random_weights(size: int, segments: list[Segment]) -> NDArray[np.float32]:
+    """Return weights on their grids, of which some lie at the very edge."""
+    weights = np.random.default_rng(size).normal(0, 0.5, size).astype(np.float32)
+    weights[::7] *= 20
+    grid.snap(weights, segments)
+    return weights
+
+
+def random_curvature(size: int) -> NDArray[np.uint16]:
+    """Return bfloat16 bits from 1e-4 to 1e4, with extreme ones among them."""
+    h = 10.0 ** np.random.default_rng(1).uniform(-4, 4, size).astype(np.float32)
+    h[::11], h[5::13] = 1e-30, 1e30
+    return (h.view(np.uint32) >> np.uint32(16)).astype(np.uint16)
+
+
+def same_bits(a: NDArray[np.generic], b: NDArray[np.generic]) -> bool:
+    """Tell whether two arrays are equal bit for bit, signs of zero included."""
+    return a.tobytes() == b.tobytes()
+
+
+@pytest.mark.parametrize("curved", [False, True])
+@pytest.mark.parametrize("size", SIZES)
+def test_perturb_has_numpys_bits(kernel: Kernel, size: int, curved: bool):
+    """One pass of one to three terms, clamped ones among them, gives what numpy gives."""
+    segments = borders(size)
+    curvature = random_curvature(size) if curved else None
+    for terms in ([(3, 1)], [(3, -2)], [(3, -1), (4, 1)], [(3, 1), (4, 1), (5, -2)]):
+        ours, theirs = random_weights(size, segments), random_weights(size, segments)
+        keys = [NoiseKey(2**64 - 1, 7, 0, number) for number, _ in terms]
+        for epsilon in (1e-3, 0.7):
+            kernel.perturb(
+                ours, segments, keys, [times for _, times in terms], epsilon=epsilon, curvature=curvature
+            )
+            together = [Term(key, times) for key, (_, times) in zip(keys, terms, strict=True)]
+            grid.perturb(theirs, segments, together, epsilon=epsilon, curvature=curvature)
+
+        assert same_bits(ours, theirs)
+
+
+@pytest.mark.parametrize("curved", [False, True])
+@pytest.mark.parametrize("perturbations", [1, 2, 5])
+@pytest.mark.parametrize("size", SIZES)
+def test_move_has_numpys_bits(kernel: Kernel, size: int, perturbations: int, curved: bool):
+    """A private move and its undoing give what numpy gives, and end where they began."""
+    segments = borders(size)
+    curvature = random_curvature(size) if curved else None
+    start = random_weights(size, segments)
+    ours, theirs = start.copy(), start.copy()
+    keys = [NoiseKey(5, 1, 2, number) for number in range(perturbations)]
+    scalars = np.linspace(-3, 2, perturbations).astype(np.float32)
+    wholes, unit = grid.whole_scalars(scalars)
+    for direction in (1, -1):
+        amount = grid.finite(1e-2 * unit / perturbations)
+        kernel.update(
+            ours,
+            segments,
+            [keys],
+            wholes[None],
+            [amount],
+            largest_move=RESERVE_STEPS // 3,
+            largest_weight=1 << 26,
+            direction=direction,
+            curvature=curvature,
+        )
+        grid.move(
+            theirs,
+            segments,
+            keys,
+            list(scalars),
+            rate=1e-2,
+            limit=RESERVE_STEPS // 3,
+            direction=direction,
+            curvature=curvature,
+        )
+
+        assert same_bits(ours, theirs)
+        assert same_bits(ours, start) == (direction == -1)
+
+
+def replay(
+    size: int, *, method: int, steps: int, perturbations: int, rounds: int
+) -> tuple[Replica, list[int]]:
+    """Return a replica after some records of random scalars, with its digests."""
+    segments = borders(size)
+    replica = Replica(random_weights(size, segments), segments)
+    rng = np.random.default_rng(3)
+    digests = []
+    for number in range(rounds):
+        constants = (0.05, 1e-4, 0.0) if method == 2 else (0.9,)
+        plan = RoundPlan(number, 11, method, steps, perturbations, 1e-3, 0.3, constants)
+        scalars = rng.normal(0, 3, (steps, perturbations)).astype(np.float32) * (number != 1)
+        apply_record(replica, RoundRecord(plan, 0, False, scalars, 0), check=False)
+        digests.append(replica.digest())
+    return replica, digests
+
+
+@pytest.mark.parametrize(("method", "steps", "perturbations"), [(1, 1, 1), (1, 3, 4), (2, 1, 16), (2, 3, 5)])
+@pytest.mark.parametrize("size", [16, 144, 30_000])
+def test_replay_has_numpys_bits(
+    kernel: Kernel,
+    monkeypatch: pytest.MonkeyPatch,
+    size: int,
+    method: int,
+    steps: int,
+    perturbations: int,
+):
+    """Ten records, one of zeros, end in numpy's weights and curvature."""
+    how = {"method": method, "steps": steps, "perturbations": perturbations, "rounds": 10}
+    theirs, expected = replay(size, **how)
+    monkeypatch.setenv("SCALARFED_KERNEL", kernel.name)
+    ours, digests = replay(size, **how)
+
+    assert digests == expected
+    assert same_bits(ours.weights, theirs.weights)
+    assert ours.curvature is None or same_bits(ours.curvature, theirs.curvature)
+
+
+def test_fold_has_numpys_bits(kernel: Kernel):
+    """The digest's sum agrees at lengths below, at and beyond blocks, and over threads."""
+    words = np.random.default_rng(0).integers(0, 2**32, 1_200_001, dtype=np.uint32)
+
+    for size in (1, 16, 1023, 1024, 1025, 70_000, words.size):
+        assert kernel.fold(words[:size]) == digest.fold(words[:size])
+    assert kernel.fold(words, threads=3) == digest.fold(words)
+
+
+def test_threads_change_no_bit(kernel: Kernel):
+    """Two and three threads give the bits of one, at a size that they really share."""
+    size = 1_200_016
+    segments = [Segment(0, 500_000, 2), Segment(500_000, size, 5)]
+    keys = [NoiseKey(1, 1, 1, number) for number in range(2)]
+    wholes = np.array([[5, -16256]], np.int32)
+    results = []
+    for threads in (1, 2, 3):
+        weights, curvature = random_weights(size, segments), random_curvature(size)
+        kernel.perturb(weights, segments, keys, [1, -1], epsilon=1e-3, curvature=curvature, threads=threads)
+        limits = {"largest_move": 1 << 21, "largest_weight": 3 << 22, "direction": 1}
+        kernel.update(
+            weights,
+            segments,
+            [keys],
+            wholes,
+            [np.float32(1e-6)],
+            curvature=curvature,
+            threads=threads,
+            **limits,
+        )
+        results.append(weights)
+
+    assert same_bits(results[0], results[1])
+    assert same_bits(results[0], results[2])
+
+
+def test_kernel_refuses_memory_that_it_must_not_write_to(kernel: Kernel):
+    """Wrong sizes, types, strides and read-only memory are refused before a bit changes."""
+    key, segments = [NoiseKey(0, 0, 0, 0)], [Segment(0, 32, 2)]
+    locked = np.zeros(32, np.float32)
+    locked.flags.writeable = False
+    for weights in (np.zeros(32), np.zeros(64, np.float32)[::2], locked, np.zeros(16, np.float32)):
+        with pytest.raises(ValueError, match=r"weights|segments"):
+            kernel.perturb(weights, segments, key, [1], epsilon=1e-3, curvature=None)
+    with pytest.raises(ValueError, match="curvature"):
+        kernel.perturb(
+            np.zeros(32, np.float32), segments, key, [1], epsilon=1e-3, curvature=np.ones(16, np.uint16)
+        )
+    with pytest.raises(ValueError, match="terms"):
+        kernel.perturb(np.zeros(32, np.float32), segments, key * 5, [1] * 5, epsilon=1e-3, curvature=None)
+
+
+def test_variable_chooses_the_path(monkeypatch: pytest.MonkeyPatch):
+    """SCALARFED_KERNEL=numpy means no kernel; a name that is not there is an error with a remedy."""
+    assert find_kernel() is None
+    assert kernel_name() == "numpy"
+    monkeypatch.setenv("SCALARFED_KERNEL", "avx1024")
+    with pytest.raises(ConfigError, match="avx1024") as caught:
+        find_kernel()
+    assert "edge_agent.native.build" in caught.value.hint
+
+
+def test_no_library_means_numpy(tmp_path: Path):
+    """A missing or broken library is no error: there are simply no paths."""
+    broken = tmp_path / "broken.so"
+    broken.write_bytes(b"not a library")
+
+    assert load_kernels(tmp_path / "missing.so") == {}
+    assert load_kernels(broken) == {}
+
+
+def test_build_names_the_compilers_complaint(tmp_path: Path):
+    """A compiler that fails raises with its words, and leaves no half library behind."""
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        build(tmp_path / library_name(), compiler=[sys.executable, "-c", "raise SystemExit('no such flag')"])
+
+    assert "no such flag" in caught.value.stderr
+    assert not list(tmp_path.iterdir())
