@@ -3,8 +3,8 @@
     python benchmarks/finetuning.py --out benchmarks/results/finetuning.json
 
 A small net is pretrained on upright digits by backpropagation, and then fine-tuned by a simulated fleet on
-the same digits turned by a quarter. All methods start from the same weights, on the same seeds. Printed are
-rounds to an accuracy on turned test digits, for every method and learning rate.
+the same digits shifted by a pixel. All methods start from the same weights, on the same seeds. Printed are
+rounds to an accuracy on shifted test digits, for every method and learning rate.
 """
 
 import argparse
@@ -29,21 +29,21 @@ from edge_agent.data import Samples, load_samples, to_inputs
 from pruning.export import export_bundle
 from pruning.models import build_model, standardisation
 
-__all__ = ["main", "pretrained", "rounds_to"]
+__all__ = ["main", "pretrained", "rounds_to", "shifted"]
 
 _ROOT = Path(__file__).resolve().parent.parent
 _EVERY = 5
 _ROWS: Sequence[tuple[str, Mapping[str, Any], Sequence[float]]] = (
-    ("decomfl", {"name": "decomfl"}, (0.002, 0.01, 0.02, 0.04)),
-    ("hiso", {"name": "hiso"}, (0.002, 0.01, 0.02, 0.04)),
-    ("headstep", {"name": "headstep", "exact": 66}, (0.01, 0.02, 0.04, 0.08)),
+    ("decomfl", {"name": "decomfl"}, (0.002, 0.01, 0.04)),
+    ("hiso", {"name": "hiso"}, (0.002, 0.01, 0.04)),
+    ("headstep", {"name": "headstep", "exact": 66}, (0.02, 0.04)),
     ("head alone", {"name": "headstep", "exact": 66}, (0.0,)),
 )
 
 
-def turned(samples: Samples) -> Samples:
-    """Return 8x8 digits turned by a quarter."""
-    return Samples(np.rot90(samples.x.reshape(-1, 8, 8), axes=(1, 2)).reshape(-1, 64).copy(), samples.y)
+def shifted(samples: Samples) -> Samples:
+    """Return 8x8 digits shifted to the right by a pixel."""
+    return Samples(np.roll(samples.x.reshape(-1, 8, 8), 1, axis=2).reshape(-1, 64), samples.y)
 
 
 def pretrained(folder: Path, train: Samples, *, seed: int = 0, epochs: int = 30) -> Bundle:
@@ -119,15 +119,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="where the figures go as JSON")
     options = parser.parse_args(arguments)
     data = _ROOT / "examples" / "digits.npz"
-    targets = (0.50, 0.60, 0.70, 0.80)
+    targets = (0.60, 0.70, 0.80, 0.85)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         train = load_samples(data, "train")
         bundle = pretrained(Path(folder) / "bundle", train)
-        test = turned(load_samples(data, "test"))
+        test = shifted(load_samples(data, "test"))
         replica = bundle.replica()
         print(
-            f"pretrained: {Evaluator(bundle, replica, test)()[1]:.1%} on turned digits before the first round"
+            f"pretrained: {Evaluator(bundle, replica, test)()[1]:.1%} on shifted digits before the first round"
         )
         print("| method | learning rate", *(f"{target:.0%}" for target in targets), sep=" | ", end=" |\n")
         for name, method, rates in _ROWS:
@@ -137,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 found = [
                     rounds_to(
                         bundle,
-                        turned(train),
+                        shifted(train),
                         test,
                         settings,
                         seed=seed,
