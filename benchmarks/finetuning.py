@@ -126,9 +126,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         bundle = pretrained(Path(folder) / "bundle", train)
         test = shifted(load_samples(data, "test"))
         replica = bundle.replica()
-        print(
-            f"pretrained: {Evaluator(bundle, replica, test)()[1]:.1%} on shifted digits before the first round"
-        )
+        first = Evaluator(bundle, replica, test)()[1]
+        print(f"pretrained: {first:.1%} on shifted digits before the first round")
         print("| method | learning rate", *(f"{target:.0%}" for target in targets), sep=" | ", end=" |\n")
         for name, method, rates in _ROWS:
             for rate in rates:
