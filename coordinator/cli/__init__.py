@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from coordinator.cli import log, profile, replay, report, testbed
+from coordinator.cli import log, profile, replay, report, swarm, testbed
 from profiles.errors import ScalarfedError
 
 __all__ = ["app", "main"]
@@ -31,6 +31,7 @@ app.add_typer(log.app, name="log")
 app.command(name="replay", epilog=replay.EXAMPLE)(replay.replay)
 app.command(name="report", epilog=report.EXAMPLE)(report.report)
 app.add_typer(profile.app, name="profile")
+app.command(name="swarm", epilog=swarm.EXAMPLE)(swarm.swarm)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
