@@ -14,7 +14,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["SOURCES", "build", "library_name", "main"]
+from edge_agent.native.library import library_name
+
+__all__ = ["SOURCES", "build", "main"]
 
 SOURCES = Path(__file__).parent
 
@@ -38,11 +40,6 @@ _PATHS: dict[str, tuple[tuple[str, int, int, tuple[str, ...]], ...]] = {
 }
 _ELSEWHERE = (_SCALAR, ("vector4", 4, 0, ()))
 _ALIASES = {"amd64": "x86_64", "arm64": "aarch64"}
-
-
-def library_name() -> str:
-    """Return the file name of the kernel on this operating system."""
-    return {"win32": "scalarfed.dll", "darwin": "libscalarfed.dylib"}.get(sys.platform, "libscalarfed.so")
 
 
 def build(target: Path, *, compiler: Sequence[str] = (), machine: str = "") -> None:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.native.build import library_name
+from edge_agent.native.library import library_name
 from profiles.errors import ConfigError
 
 __all__ = ["Kernel", "Learning", "find_kernel", "kernel_name", "kernels", "load_kernels"]
