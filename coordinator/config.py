@@ -39,6 +39,13 @@ __all__ = ["dump", "load_experiment"]
 _MOST_SCALARS = 16384
 """Scalars of a round: four such records still fit one message of 1 MiB."""
 
+_OPEN_RANGES = {
+    **dict.fromkeys(("smoothing", "nu", "momentum", "beta1", "beta2", "average", "decay"), (0.0, 1.0)),
+    **dict.fromkeys(("floor", "head_rate", "stabiliser", "clip"), (0.0, 1e6)),
+    "kept": (1e-6, 1.0),
+}
+"""Where the constants of the methods work: from the first number up to, and not with, the second."""
+
 _SECTIONS: dict[str, type[Any]] = {
     "model": Model,
     "data": Data,
@@ -205,20 +212,36 @@ def _check_together(experiment: Experiment, faults: Faults) -> None:
                 f"is above the cohort of {experiment.cohort_size}: no round could close. "
                 'Lower it, or write "all".',
             )
-    method = experiment.method
-    if faults.clear("method") and method.perturbations * method.local_steps > _MOST_SCALARS:
-        faults.refuse(
-            "method.perturbations",
-            method.perturbations,
-            f"times `method.local_steps` = {method.local_steps} is more than {_MOST_SCALARS} scalars. "
-            "Lower one of them.",
-        )
+    if faults.clear("method"):
+        _check_method(experiment.method, faults)
     if faults.clear("fleet.deadline_s", "fleet.resend_s") and fleet.resend_s > fleet.deadline_s:
         faults.refuse(
             "fleet.resend_s",
             fleet.resend_s,
             f"must not exceed `fleet.deadline_s` = {fleet.deadline_s:g}. Lower it.",
         )
+
+
+def _check_method(method: Method, faults: Faults) -> None:
+    rule = METHODS[method.name]
+    scalars = method.perturbations + (method.exact if rule.head else 0) + rule.losses
+    if scalars * method.local_steps > _MOST_SCALARS:
+        faults.refuse(
+            "method.perturbations",
+            method.perturbations,
+            f"makes {scalars} scalars a step; times `method.local_steps` = {method.local_steps} that is more "
+            f"than {_MOST_SCALARS}. Lower one of them.",
+        )
+    if rule.stateful_steps and method.local_steps > 1:
+        faults.refuse(
+            "method.local_steps",
+            method.local_steps,
+            f"will not do: `{method.name}` makes one step a round. Leave it at 1.",
+        )
+    for name, (low, high) in _OPEN_RANGES.items():
+        value = method.constants.get(name)
+        if value is not None and not low <= value < high:
+            faults.refuse(f"method.{name}", value, f"must be at least {low:g} and less than {high:g}.")
 
 
 def _check_names(devices: Sequence[Device], faults: Faults) -> None:

@@ -96,6 +96,8 @@ class Method:
         name: One of `edge_agent.optimizer.METHODS`.
         epsilon: Step of the finite difference.
         perturbations: Random directions per step.
+        exact: Exact scalars of the last layer per step, where the method has them; all that the layer has, if
+            it has fewer.
         local_steps: Steps between two messages.
         batch_size: Samples per step and agent.
         difference: ``central`` takes 2P forward passes a step, ``forward`` P + 1.
@@ -109,6 +111,7 @@ class Method:
     name: Annotated[str, Choice(tuple(METHODS))] = "hiso"
     epsilon: Annotated[float, Number(above=0, most=1, remedy="1e-3 suits most nets.")] = 1e-3
     perturbations: Annotated[int, Whole(1, 65535, remedy="8 is a good start.")] = 8
+    exact: Annotated[int, Whole(0, 16384, remedy="64 is a good start; each is 4 bytes of a reply.")] = 64
     local_steps: Annotated[int, Whole(1, 255)] = 1
     batch_size: Annotated[int, Whole(1, 65535, remedy="16 is a good start.")] = 16
     difference: Annotated[str, Choice(("central", "forward"))] = "central"

@@ -316,7 +316,7 @@ class Rounds:
             return "not asked"
         if agent in opened.answered:
             return "duplicate"
-        if not reply.failed and reply.scalars.size != plan.steps * plan.perturbations:
+        if not reply.failed and reply.scalars.size != plan.steps * plan.scalars:
             return "wrong number of scalars"
         if reply.samples != opened.message.batch_size:
             return "wrong number of samples"
@@ -341,8 +341,8 @@ class Rounds:
         counted = opened.counted
         plan = opened.message.plan
         skipped = len(counted) < max(1, self._needed(opened))
-        shape = (plan.steps, plan.perturbations)
-        flat = np.zeros(plan.steps * plan.perturbations, np.float32)
+        shape = (plan.steps, plan.scalars)
+        flat = np.zeros(plan.steps * plan.scalars, np.float32)
         if not skipped:
             flat = aggregate(counted, rule=self._rule, liars=self._liars)
         record = RoundRecord(plan, self._epoch, skipped, flat.reshape(shape), digest=0)

@@ -8,7 +8,7 @@ run goes on where it stopped.
 import contextlib
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,16 @@ from profiles.budget import Prediction, check_memory, predict_peak_mib
 from profiles.cost import Cost, graph_cost
 from profiles.errors import ConfigError, DataError, ScalarfedError
 
-__all__ = ["evaluate", "plan_of", "prepare", "rounds_of", "run_testbed"]
+__all__ = [
+    "Evaluator",
+    "evaluate",
+    "make_bundle",
+    "make_rounds",
+    "plan_of",
+    "prepare",
+    "read_samples",
+    "run_testbed",
+]
 
 _EVALUATION_BATCH = 256
 
@@ -104,18 +113,27 @@ def prepare(experiment: Experiment, out: Path, *, observer: Observer) -> None:
             shutil.rmtree(staging)
 
 
-def _prepare(experiment: Experiment, folder: Path, observer: Observer) -> None:
-    observer.stage(f"reading {experiment.data.path}")
+def read_samples(experiment: Experiment) -> tuple[Samples, Samples]:
+    """Return the train and the test samples of an experiment.
+
+    Raises:
+        DataError: They cannot be read, do not fit each other, or have one class only.
+    """
     train = load_samples(experiment.data.path, "train")
     classes = int(train.y.max()) + 1
     test = load_samples(experiment.data.path, "test", classes=classes)
-    inputs = to_inputs(train.x)
-    if to_inputs(test.x[:1]).shape[1:] != inputs.shape[1:]:
+    if to_inputs(test.x[:1]).shape[1:] != to_inputs(train.x[:1]).shape[1:]:
         raise DataError(
             f"{experiment.data.path}: x_train has samples {train.x.shape[1:]}, x_test {test.x.shape[1:]}"
         )
     if classes < 2:
         raise DataError(f"{experiment.data.path}: all labels are 0; at least two classes are needed")
+    return train, test
+
+
+def _prepare(experiment: Experiment, folder: Path, observer: Observer) -> None:
+    observer.stage(f"reading {experiment.data.path}")
+    train, _ = read_samples(experiment)
     agents = experiment.agents
     parts = partition(
         train.y,
@@ -125,7 +143,7 @@ def _prepare(experiment: Experiment, folder: Path, observer: Observer) -> None:
         min_samples=experiment.data.min_samples,
         seed=experiment.seed,
     )
-    bundle = _prune(experiment, folder / "bundle", inputs, classes, observer)
+    bundle = make_bundle(experiment, folder / "bundle", train, observer)
     slices = {agent.name: train.pick(part) for agent, part in zip(agents, parts, strict=True)}
     predictions = {agent.name: _predict(experiment, bundle, agent, slices[agent.name]) for agent in agents}
     (folder / "agents").mkdir()
@@ -146,13 +164,18 @@ def _prepare(experiment: Experiment, folder: Path, observer: Observer) -> None:
         )
 
 
-def _prune(
-    experiment: Experiment, folder: Path, inputs: np.ndarray[Any, Any], classes: int, observer: Observer
-) -> Bundle:
+def make_bundle(experiment: Experiment, folder: Path, train: Samples, observer: Observer) -> Bundle:
+    """Prune the experiment's model for its data and write it as a bundle.
+
+    Raises:
+        ConfigError: The method needs what the graph cannot tell.
+        ModelError: The density cannot be reached, or the net cannot be exported.
+    """
     from pruning.models import choose_model, standardisation
     from pruning.prune import prune_model, write_pruned
 
     settings = experiment.pruning
+    inputs, classes = to_inputs(train.x), int(train.y.max()) + 1
     model = choose_model(experiment.model.name, sample_shape=inputs.shape[1:])
     observer.stage(f"pruning {model} to density {settings.density:g} by {settings.method}")
     pruned = prune_model(
@@ -172,7 +195,14 @@ def _prune(
         f"{pruned.model}: {pruned.params_dense:,} -> {pruned.params:,} parameters, "
         f"{pruned.macs_dense:,} -> {pruned.macs:,} MACs a sample"
     )
-    return write_pruned(pruned, folder, cost=lambda graph: graph_cost(graph).as_dict())
+    bundle = write_pruned(pruned, folder, cost=lambda graph: graph_cost(graph).as_dict())
+    if METHODS[experiment.method.name].head and experiment.method.exact and not bundle.head:
+        raise ConfigError(
+            f"`{experiment.method.name}` needs the last layer's gradient, and the last layer of "
+            f"{pruned.model} is not linear",
+            hint="Set method.name to decomfl or hiso, or method.exact to 0.",
+        )
+    return bundle
 
 
 def _predict(experiment: Experiment, bundle: Bundle, agent: AgentPlan, samples: Samples) -> Prediction:
@@ -184,7 +214,7 @@ def _predict(experiment: Experiment, bundle: Bundle, agent: AgentPlan, samples: 
     prediction = predict_peak_mib(
         Cost.from_dict(bundle.cost, params=bundle.params),
         batch_size=experiment.method.batch_size,
-        curvature_bytes_per_param=2.0 if METHODS[experiment.method.name].curvature else 0.0,
+        curvature_bytes_per_param=METHODS[experiment.method.name].bytes_per_weight,
         data_bytes=samples.x.nbytes + samples.y.nbytes,
         graph_bytes=bundle.graph_path.stat().st_size,
     )
@@ -198,13 +228,18 @@ def _predict(experiment: Experiment, bundle: Bundle, agent: AgentPlan, samples: 
     return prediction
 
 
-def plan_of(experiment: Experiment, round_: int) -> RoundPlan:
+def plan_of(experiment: Experiment, bundle: Bundle, round_: int) -> RoundPlan:
     """Return what a round of the experiment asks; the learning rate follows its schedule."""
     settings = experiment.method
-    rate = settings.learning_rate
+    factor = 1.0
     if settings.schedule == "cosine":
-        rate *= 0.5 * (1.0 + math.cos(math.pi * min(1.0, round_ / experiment.rounds)))
+        factor = 0.5 * (1.0 + math.cos(math.pi * min(1.0, round_ / experiment.rounds)))
     method = METHODS[settings.name]
+    constants = {
+        name: value * (factor if name in method.scheduled else 1.0)
+        for name, value in settings.constants.items()
+    }
+    layer = sum(tensor.size for tensor in bundle.tensors if tensor.name in bundle.head)
     return RoundPlan(
         round=round_,
         seed=experiment.seed,
@@ -212,27 +247,36 @@ def plan_of(experiment: Experiment, round_: int) -> RoundPlan:
         steps=settings.local_steps,
         perturbations=settings.perturbations,
         epsilon=settings.epsilon,
-        learning_rate=rate,
-        constants=method.values(settings.constants),
+        learning_rate=settings.learning_rate * factor,
+        constants=method.values(constants),
+        exact=min(settings.exact, layer) if method.head else 0,
     )
 
 
-def rounds_of(experiment: Experiment, log: ScalarLog, replica: Replica, *, epoch: int) -> Rounds:
-    """Return the rounds of an experiment, to go on where the log ends.
+def make_rounds(
+    experiment: Experiment,
+    bundle: Bundle,
+    replica: Replica,
+    *,
+    epoch: int,
+    recent: Sequence[RoundRecord] = (),
+) -> Rounds:
+    """Return the state machine of an experiment's rounds, not yet started.
 
     Args:
         experiment: What to run.
-        log: Of the run.
-        replica: The coordinator's, with all of the log applied.
-        epoch: Of this coordinator; see :meth:`ScalarLog.next_epoch`.
+        bundle: What is trained.
+        replica: The coordinator's, at the round to go on with.
+        epoch: Incarnation of the coordinator.
+        recent: The records just before that round.
     """
     return Rounds(
         fleet=len(experiment.agents),
         rounds=experiment.rounds,
-        plan_of=lambda round_: plan_of(experiment, round_),
+        plan_of=lambda round_: plan_of(experiment, bundle, round_),
         epoch=epoch,
         replica=replica,
-        recent=list(log.records(max(0, replica.round - 4))),
+        recent=recent,
         batch_size=experiment.method.batch_size,
         central=experiment.method.difference == "central",
         cohort=None if experiment.fleet.cohort == "all" else experiment.fleet.cohort,
@@ -243,6 +287,31 @@ def rounds_of(experiment: Experiment, log: ScalarLog, replica: Replica, *, epoch
         rule=experiment.fleet.aggregation,
         liars=experiment.fleet.liars,
     )
+
+
+class Evaluator:
+    """Judges a replica by samples that no agent has.
+
+    Args:
+        bundle: Whose graph it is.
+        replica: Only read; where the method keeps a running mean of the weights, that is judged.
+        samples: The test samples.
+    """
+
+    def __init__(self, bundle: Bundle, replica: Replica, samples: Samples) -> None:
+        self._bundle = bundle
+        self._replica = replica
+        self._samples = samples
+        self._weights = replica.evaluated()
+        self._forward = Forward(bundle, self._weights)
+
+    def __call__(self) -> tuple[float, float]:
+        """Return mean loss and accuracy at the replica's present round."""
+        weights = self._replica.evaluated()
+        if weights.ctypes.data != self._weights.ctypes.data:  # a running mean begins with the first record
+            self._weights = weights
+            self._forward = Forward(self._bundle, weights)
+        return evaluate(self._forward, self._samples)
 
 
 def evaluate(forward: Forward, samples: Samples) -> tuple[float, float]:
@@ -269,14 +338,16 @@ def _train(
 ) -> Service:
     epoch = log.next_epoch()
     replica = rebuild(bundle, log)
-    forward = Forward(bundle, replica.weights)
+    judge = Evaluator(bundle, replica, test)
     log.add_event("coordinator started", "", f"epoch {epoch}, round {replica.round}")
-    rounds = rounds_of(experiment, log, replica, epoch=epoch)
+    rounds = make_rounds(
+        experiment, bundle, replica, epoch=epoch, recent=list(log.records(max(0, replica.round - 4)))
+    )
     accuracy: float | None = None
 
     def evaluate_now() -> None:
         nonlocal accuracy
-        loss, accuracy = evaluate(forward, test)
+        loss, accuracy = judge()
         log.add_evaluation(replica.round, loss, accuracy)
 
     def on_commit(record: RoundRecord, loss: float | None) -> None:

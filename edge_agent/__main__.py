@@ -9,17 +9,18 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from edge_agent.agent import Agent, Report
 from edge_agent.bundle import Bundle, read_bundle
-from edge_agent.data import Samples, batch_indices, load_samples, to_inputs
-from edge_agent.estimator import Estimate, estimate
+from edge_agent.data import Samples, load_samples, to_inputs
+from edge_agent.estimator import Estimate
 from edge_agent.forward import Forward
 from edge_agent.link import Connected, Disconnected, Link, Message, MqttLink
+from edge_agent.measure import measure
 from edge_agent.replay import Replica
 from edge_agent.state import load_replica, save_replica
 from edge_agent.topics import Topics, is_name, shard_of
@@ -203,16 +204,7 @@ class _Process:
         if self.forward is None or self.forward_of is not replica:
             self.forward = Forward(self.bundle, replica.weights, threads=self.options.threads)
             self.forward_of = replica
-        forward, plan = self.forward, opened.plan
-
-        def loss_of_step(step: int) -> Callable[[], float]:
-            count = plan.round * plan.steps + step
-            indices = batch_indices(plan.seed, number, count, opened.batch_size, len(self.samples))
-            batch = self.samples.pick(indices)
-            x = to_inputs(batch.x)
-            return lambda: forward.loss(x, batch.y)
-
-        return estimate(replica, plan, loss_of_step, central=opened.central)
+        return measure(self.forward, self.samples, replica, opened, number)
 
     def _first_replica(self) -> Replica:
         if self.state_path is not None:

@@ -60,6 +60,7 @@ class Bundle:
         cost: ``forward_flops``, ``activation_bytes_per_sample``, ``activation_bytes_fixed``,
             ``weight_bytes`` and what else the exporter knew.
         pruning: How the net was made smaller.
+        head: Names of the tensors whose gradient the graph tells as ``head_gradient``; empty if it does not.
         identity: SHA-256 of the manifest, hexadecimal: names the bundle.
     """
 
@@ -72,6 +73,7 @@ class Bundle:
     size: int
     cost: Mapping[str, int]
     pruning: Mapping[str, Any]
+    head: tuple[str, ...]
     identity: str
 
     @property
@@ -88,7 +90,13 @@ class Bundle:
         """Return a fresh replica at round 0, with weights of its own."""
         weights = _aligned(self.size)
         weights[...] = np.fromfile(self.folder / "weights.f32", "<f4")
-        return Replica(weights, self.segments)
+        spans = {tensor.name: (tensor.offset, tensor.offset + tensor.size) for tensor in self.tensors}
+        return Replica(
+            weights,
+            self.segments,
+            tensors=tuple(spans.values()),
+            head=tuple(spans[name] for name in self.head),
+        )
 
 
 def flat_layout(shapes: Sequence[tuple[str, tuple[int, ...]]]) -> tuple[list[Tensor], int]:
@@ -115,6 +123,7 @@ def write_bundle(
     sample_shape: tuple[int, ...],
     cost: Mapping[str, int],
     pruning: Mapping[str, Any],
+    head: Sequence[str] = (),
 ) -> Bundle:
     """Write a bundle folder; the weights are moved to the nearest points of their grids.
 
@@ -128,6 +137,8 @@ def write_bundle(
         sample_shape: Shape of one input.
         cost: What one forward takes.
         pruning: How the net was made smaller.
+        head: Names of the last linear layer's tensors, in the order of the layout, if the graph has the
+            output ``head_gradient``: their gradient, row by row and one tensor after the other.
 
     Raises:
         BundleError: A weight is not finite.
@@ -151,6 +162,7 @@ def write_bundle(
         "params": sum(tensor.size for tensor in tensors),
         "cost": dict(cost),
         "pruning": dict(pruning),
+        "head": list(head),
         "files": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -186,6 +198,7 @@ def read_bundle(folder: Path) -> Bundle:
             size=manifest["size"],
             cost=manifest["cost"],
             pruning=manifest["pruning"],
+            head=tuple(manifest.get("head", ())),
             identity=hashlib.sha256(raw).hexdigest(),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -6,19 +6,20 @@ Source: Malladi et al., "Fine-Tuning Language Models with Just Forward Passes", 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.grid import RESERVE_STEPS, Term, move, perturb
+from edge_agent.grid import RESERVE_STEPS, Segment, Term, move, perturb
+from edge_agent.head import chosen
 from edge_agent.optimizer import method_by_code
-from edge_agent.replay import Replica
+from edge_agent.replay import Replica, move_head
 from edge_agent.wire import LARGEST_SCALAR, RoundPlan
 from profiles.errors import EstimateError
 
-__all__ = ["Estimate", "estimate", "one_sided", "two_point"]
+__all__ = ["Estimate", "batches_per_step", "estimate", "one_sided", "two_point"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Estimate:
     """What one agent measured in one round.
 
     Attributes:
-        scalars: Projected gradients, float32 of shape (K, P).
+        scalars: Float32 of shape (K, ``plan.scalars``): a step's projected gradients first.
         loss: Mean of all losses that were evaluated.
         forwards: Forward passes that it took.
     """
@@ -58,10 +59,20 @@ def one_sided(loss_plus: float, loss_here: float, epsilon: float) -> np.float32:
     return _quotient(loss_plus, loss_here, epsilon)
 
 
+def batches_per_step(plan: RoundPlan, *, central: bool) -> int:
+    """Return how many batches a local step uses: P where every perturbation has its own, else one."""
+    return plan.perturbations if central and method_by_code(plan.method).fresh else 1
+
+
 def estimate(
-    replica: Replica, plan: RoundPlan, loss_of_step: Callable[[int], Callable[[], float]], *, central: bool
+    replica: Replica,
+    plan: RoundPlan,
+    loss_of: Callable[[int], Callable[[], float]],
+    *,
+    central: bool,
+    head_gradient: Callable[[], NDArray[np.float32]] | None = None,
 ) -> Estimate:
-    """Measure the P projected gradients of each of K local steps.
+    """Measure what a plan asks in each of K local steps: P projected gradients, and the exact scalars.
 
     Between two steps the replica makes a private move by its own scalars; at the end all moves are
     taken back.
@@ -69,79 +80,159 @@ def estimate(
     Args:
         replica: Perturbed in place; ends with the bits it had.
         plan: What to measure.
-        loss_of_step: For local step k, a function that evaluates the loss of its batch at the
-            replica's present weights.
+        loss_of: For the n-th batch of the round, a function that evaluates its loss at the replica's
+            present weights. A step has :func:`batches_per_step` of them.
         central: Two forwards a perturbation and an error of order epsilon**2; else one, and one more a
             step, and an error of order epsilon.
+        head_gradient: The last layer's gradient of the latest loss, where the plan asks for exact scalars.
 
     Raises:
-        EstimateError: A loss is not finite; the replica is as it was.
+        EstimateError: A loss is not finite, or the graph has no such gradient; the replica is as it was.
     """
-    scalars = np.zeros((plan.steps, plan.perturbations), np.float32)
+    if plan.exact and (head_gradient is None or not replica.head):
+        raise EstimateError("the graph of this bundle tells no gradient of its last layer")
+    scalars = np.zeros((plan.steps, plan.scalars), np.float32)
     losses: list[float] = []
     moves: list[tuple[int, float]] = []
+    batches = batches_per_step(plan, central=central)
     try:
         for step in range(plan.steps):
-            scalars[step] = _measure(replica, plan, step, loss_of_step(step), central=central, losses=losses)
+            own = [loss_of(step * batches + n) for n in range(batches)]
+            meter = _Meter(replica, plan, own, losses, head_gradient)
+            scalars[step, : plan.perturbations] = meter.measure(step, central=central)
+            if plan.exact:
+                scalars[step, plan.perturbations :] = meter.exact(step)
+            if method_by_code(plan.method).losses:
+                scalars[step, plan.perturbations :] = _candidates(replica, plan, scalars, own[0], losses)
             if step + 1 < plan.steps:
                 moves.append((step, _private_rate(replica, plan, scalars[step])))
-                _move(replica, plan, scalars, *moves[-1], direction=1)
+                _move(replica, plan, scalars[step], *moves[-1], direction=1)
     finally:
-        for made in reversed(moves):
-            _move(replica, plan, scalars, *made, direction=-1)
+        for step, rate in reversed(moves):
+            _move(replica, plan, scalars[step], step, rate, direction=-1)
     return Estimate(scalars, sum(losses) / len(losses), len(losses))
 
 
-def _measure(
-    replica: Replica,
-    plan: RoundPlan,
-    step: int,
-    loss: Callable[[], float],
-    *,
-    central: bool,
-    losses: list[float],
-) -> list[np.float32]:
-    def displace(*terms: Term) -> None:
+class _Meter:
+    """Measures one local step.
+
+    Args:
+        replica: Perturbed in place.
+        plan: What to measure.
+        own: The losses of the step's batches: one for each perturbation, or one for all.
+        losses: Every loss that is evaluated is added here.
+        head_gradient: Of the latest loss.
+    """
+
+    def __init__(
+        self,
+        replica: Replica,
+        plan: RoundPlan,
+        own: Sequence[Callable[[], float]],
+        losses: list[float],
+        head_gradient: Callable[[], NDArray[np.float32]] | None,
+    ) -> None:
+        self._replica = replica
+        self._plan = plan
+        self._own = own
+        self._losses = losses
+        self._head_gradient = head_gradient if plan.exact else None
+        self._head_total: NDArray[np.float64] | float = 0.0
+        self._head_count = 0
+
+    def measure(self, step: int, *, central: bool) -> list[np.float32]:
+        """Return the P projected gradients of a step; the replica ends as it was."""
+        plan = self._plan
+        scalars: list[np.float32] = []
+        here = 0.0 if central else self._evaluate(0)
+        segments = [self._replica.segments] * plan.perturbations
+        for numbers, reached in self._replica.reach(plan):
+            for number in numbers:
+                segments[number] = reached
+        last: list[Term] = []  # what brings the replica back, in the segments of the last direction
+        try:
+            for number, key in enumerate(plan.keys(step)):
+                if last and segments[number] is not segments[number - 1]:
+                    self._displace(segments[number - 1], last)
+                    last = []
+                self._displace(segments[number], [*last, Term(key, 1)])  # back and there in one pass
+                last = [Term(key, -1)]
+                plus = self._evaluate(number)
+                if central:
+                    self._displace(segments[number], [Term(key, -2)])
+                    last = [Term(key, 1)]
+                    scalars.append(two_point(plus, self._evaluate(number), plan.epsilon))
+                else:
+                    scalars.append(one_sided(plus, here, plan.epsilon))
+        finally:
+            if last:
+                self._displace(segments[min(len(scalars), plan.perturbations - 1)], last)
+        return scalars
+
+    def exact(self, step: int) -> NDArray[np.float32]:
+        """Return the step's coordinates of the last layer's gradient, the mean over its forwards.
+
+        At w + epsilon z and w - epsilon z together the error is of order epsilon**2, like that of the
+        projected gradients; and no forward is made for it.
+        """
+        gradient = np.asarray(self._head_total / self._head_count, np.float64)
+        taken = gradient[chosen(self._plan, step, gradient.size)]
+        if not np.all(np.abs(taken) <= LARGEST_SCALAR):
+            raise EstimateError(f"an exact scalar is not finite or beyond {LARGEST_SCALAR:g}")
+        return taken.astype(np.float32)
+
+    def _evaluate(self, number: int) -> float:
+        loss = self._own[number % len(self._own)]()
+        self._losses.append(loss)
+        if self._head_gradient is not None:
+            self._head_total = self._head_total + self._head_gradient().astype(np.float64)
+            self._head_count += 1
+        return loss
+
+    def _displace(self, segments: Sequence[Segment], terms: Sequence[Term]) -> None:
         perturb(
-            replica.weights,
-            replica.segments,
+            self._replica.weights,
+            segments,
             terms,
-            epsilon=plan.epsilon,
-            curvature=replica.curvature_for(plan),
-            threads=replica.threads,
+            epsilon=self._plan.epsilon,
+            curvature=self._replica.curvature_for(self._plan),
+            threads=self._replica.threads,
         )
 
-    def evaluate() -> float:
-        losses.append(loss())
-        return losses[-1]
 
-    scalars: list[np.float32] = []
-    here = 0.0 if central else evaluate()
-    last: tuple[Term, ...] = ()  # what brings the replica back
-    try:
-        for key in plan.keys(step):
-            displace(*last, Term(key, 1))  # back from the last direction and along this one in one pass
-            last = (Term(key, -1),)
-            plus = evaluate()
-            if central:
-                displace(Term(key, -2))
-                last = (Term(key, 1),)
-                scalars.append(two_point(plus, evaluate(), plan.epsilon))
-            else:
-                scalars.append(one_sided(plus, here, plan.epsilon))
-    finally:
-        displace(*last)
-    return scalars
+def _candidates(
+    replica: Replica,
+    plan: RoundPlan,
+    scalars: NDArray[np.float32],
+    loss: Callable[[], float],
+    losses: list[float],
+) -> list[np.float32]:
+    """Return the losses at w - d, w and w + d for the step d that the agent's own scalars ask for."""
+    found: list[np.float32] = []
+    for direction in (1, 0, -1):
+        rate = direction * plan.learning_rate
+        if direction:
+            _move(replica, plan, scalars[0], 0, rate, direction=1)
+        try:
+            losses.append(loss())
+        finally:
+            if direction:
+                _move(replica, plan, scalars[0], 0, rate, direction=-1)
+        if not math.isfinite(losses[-1]):
+            raise EstimateError(f"a loss is {losses[-1]}; a choice needs finite losses")
+        found.append(np.float32(losses[-1]))
+    return found
 
 
 def _private_rate(replica: Replica, plan: RoundPlan, scalars: NDArray[np.float32]) -> float:
     """Return the learning rate of a private move, normalised by what the replica has seen."""
     method = method_by_code(plan.method)
-    if not method.named(plan.constants)["smoothing"]:
+    if not method.named(plan.constants).get("smoothing", 0.0):
         return plan.learning_rate
     if replica.normaliser.weight > 0:
         return replica.normaliser.divide(plan.learning_rate)
-    mean_square = sum(float(g) * float(g) for g in scalars) / len(scalars)
+    projected = scalars[: plan.perturbations]
+    mean_square = sum(float(g) * float(g) for g in projected) / len(projected)
     return plan.learning_rate / math.sqrt(mean_square) if mean_square > 0 else 0.0
 
 
@@ -154,17 +245,26 @@ def _move(
     *,
     direction: int,
 ) -> None:
-    move(
-        replica.weights,
-        replica.segments,
-        plan.keys(step),
-        list(scalars[step]),
-        rate=rate,
-        limit=RESERVE_STEPS // plan.steps,
-        direction=direction,
-        curvature=replica.curvature_for(plan),
-        threads=replica.threads,
-    )
+    """Make the private move of a step, or take it back."""
+    limit = RESERVE_STEPS // plan.steps
+    factors = scalars[: plan.perturbations]
+    if method_by_code(plan.method).rule == "sign":
+        factors = np.sign(factors)
+    keys = plan.keys(step)
+    for numbers, segments in replica.reach(plan):
+        move(
+            replica.weights,
+            segments,
+            [keys[number] for number in numbers],
+            [factors[number] for number in numbers],
+            rate=rate,
+            limit=limit,
+            direction=direction,
+            curvature=replica.curvature_for(plan),
+            threads=replica.threads,
+        )
+    if plan.exact:
+        move_head(replica, plan, scalars, step=step, limit=limit, direction=direction, bounded=False)
 
 
 def _quotient(loss: float, other: float, distance: float) -> np.float32:

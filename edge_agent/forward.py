@@ -68,26 +68,55 @@ class Forward:
             pointer = weights.ctypes.data + 4 * tensor.offset
             self._binding.bind_input(tensor.name, "cpu", 0, np.float32, tensor.shape, pointer)
         self._batch_size = 0
+        self._outputs: tuple[str, ...] = ()
+        self._head_gradient: NDArray[np.float32] | None = None
+        self._options = ort.RunOptions()
+        self._options.only_execute_path_to_fetches = True  # no gradient where nobody asks for it
 
-    def loss(self, x: NDArray[np.float32], y: NDArray[np.int64]) -> float:
-        """Return the mean loss of a batch: x of shape (n, *sample_shape), y of shape (n,)."""
-        return float(self._run(x, y)[0].numpy())
+    def loss(self, x: NDArray[np.float32], y: NDArray[np.int64], *, head: bool = False) -> float:
+        """Return the mean loss of a batch: x of shape (n, *sample_shape), y of shape (n,).
+
+        Args:
+            x: Inputs.
+            y: Labels.
+            head: Compute the last layer's gradient in the same pass, for :meth:`head_gradient`.
+        """
+        if not head:
+            return float(self._run(x, y)[0].numpy())
+        outputs = self._run(x, y, ("loss", "head_gradient"))
+        self._head_gradient = outputs[1].numpy()
+        return float(outputs[0].numpy())
+
+    def head_gradient(self) -> NDArray[np.float32]:
+        """Return the gradient of the last layer at the latest loss that was asked for with ``head``.
+
+        Raises:
+            ValueError: None was.
+        """
+        if self._head_gradient is None:
+            raise ValueError("no loss was evaluated with head=True")
+        return self._head_gradient
 
     def evaluate(self, x: NDArray[np.float32], y: NDArray[np.int64]) -> tuple[float, int]:
         """Return the mean loss of a batch and how many of it are classified correctly."""
         loss, correct, _ = self._run(x, y)
         return float(loss.numpy()), int(correct.numpy())
 
-    def _run(self, x: NDArray[np.float32], y: NDArray[np.int64]) -> list[ort.OrtValue]:
-        if len(y) != self._batch_size:  # outputs are kept and reused; these have another shape
-            self._binding.clear_binding_outputs()
-            for name in ("loss", "correct", "logits"):
+    def _run(
+        self,
+        x: NDArray[np.float32],
+        y: NDArray[np.int64],
+        outputs: tuple[str, ...] = ("loss", "correct", "logits"),
+    ) -> list[ort.OrtValue]:
+        if (len(y), outputs) != (self._batch_size, self._outputs):
+            self._binding.clear_binding_outputs()  # outputs are kept and reused; these have another shape
+            for name in outputs:
                 self._binding.bind_output(name, "cpu")
-            self._batch_size = len(y)
+            self._batch_size, self._outputs = len(y), outputs
         self._binding.bind_input("x", "cpu", 0, np.float32, x.shape, x.ctypes.data)
         self._binding.bind_input("y", "cpu", 0, np.int64, y.shape, y.ctypes.data)
         try:
-            self._session.run_with_iobinding(self._binding)
+            self._session.run_with_iobinding(self._binding, self._options)
         except Exception as error:  # its exceptions derive from no common class
             raise EstimateError(
                 f"a forward pass of {len(y)} samples failed: {error}",

@@ -24,6 +24,7 @@ from edge_agent.native.kernel import find_kernel
 from edge_agent.noise import CHUNK, NoiseKey, chunk_words, values
 
 __all__ = [
+    "NO_LIMIT",
     "RESERVE_STEPS",
     "WEIGHT_STEPS",
     "Segment",
@@ -33,6 +34,7 @@ __all__ = [
     "finite",
     "inverse_root",
     "move",
+    "nudge",
     "perturb",
     "plan_segments",
     "round_update",
@@ -49,7 +51,9 @@ RESERVE_STEPS = 1 << 21
 WEIGHT_STEPS = 3 << 22
 """Grid steps beyond which an update does not move a weight: 3/4 of 2**24."""
 
-_NO_LIMIT = 1 << 26  # in grid steps: no weight comes near
+NO_LIMIT = 1 << 26
+"""Grid steps that no weight comes near."""
+
 _LARGEST_WHOLE = 127 * 128
 _ROUNDING = 1 << 32
 _MULTIPLIERS = np.array(
@@ -293,7 +297,7 @@ def move(
             wholes[None],
             [amount],
             largest_move=limit,
-            largest_weight=_NO_LIMIT,
+            largest_weight=NO_LIMIT,
             direction=direction,
             curvature=curvature,
             threads=threads,
@@ -308,3 +312,35 @@ def move(
         round_update(steps, rounding_words(keys[0], start, stop - start), limit)
         steps /= np.float32(direction) * scale
         weights[start:stop] -= steps
+
+
+def nudge(
+    weights: NDArray[np.float32],
+    segments: Sequence[Segment],
+    indices: NDArray[np.int64],
+    changes: NDArray[np.float32],
+    words: NDArray[np.uint32],
+    *,
+    limit: int,
+    direction: int = 1,
+    largest: int = NO_LIMIT,
+) -> None:
+    """Subtract changes, rounded to the grid, from single weights; the same call takes it back exactly.
+
+    Args:
+        weights: Flat float32 vector on the grid, changed in place.
+        segments: Grids of the whole vector.
+        indices: Which weights, none twice.
+        changes: What to subtract from each, float32.
+        words: Random words by which it is rounded, one for each.
+        limit: Grid steps that a weight may be displaced by.
+        direction: +1, or -1 to take it back.
+        largest: Grid steps beyond which no weight moves; a call that is to be taken back has no limit.
+    """
+    table = np.array([step_scale(segment.exponent) for segment in segments], np.float32)
+    starts = np.array([segment.start for segment in segments], np.int64)
+    scale = table[np.searchsorted(starts, indices, side="right") - 1]
+    steps = round_update(changes * scale, words, limit)
+    steps /= np.float32(direction) * scale
+    bound = np.float32(largest) / scale
+    weights[indices] = np.clip(weights[indices] - steps, -bound, bound)

@@ -14,21 +14,53 @@ __all__ = ["METHODS", "Method", "Normaliser", "method_by_code"]
 
 @dataclass(frozen=True)
 class Method:
-    """One update rule.
+    """One update rule: a few pieces put together.
 
     Attributes:
         name: As written in the experiment file.
         code: As written in a record, 1 to 255; never used twice.
         constants: Names and defaults, in the order in which a record holds them.
-        curvature: Whether a replica keeps one bfloat16 curvature value per weight.
         summary: One line for people.
+        curvature: Whether a replica keeps one bfloat16 curvature value per weight.
+        directions: What a perturbation moves: all weights ("full"), one tensor after the other ("block"),
+            or a fixed share of them ("sparse").
+        rule: What the scalars do: "descent" along the directions, by their "sign", with "momentum", by
+            "adam", or "conservative" (there, back or nowhere, by the mean loss).
+        head: Whether a plan may ask for exact scalars of the last layer.
+        fresh: Whether every perturbation is measured on a batch of its own (central differences only).
+        scheduled: Constants that follow the schedule of the learning rate.
     """
 
     name: str
     code: int
     constants: Mapping[str, float]
-    curvature: bool
     summary: str
+    curvature: bool = False
+    directions: str = "full"
+    rule: str = "descent"
+    head: bool = False
+    fresh: bool = False
+    scheduled: tuple[str, ...] = ()
+
+    @property
+    def losses(self) -> int:
+        """Mean losses that a step sends beside its other scalars."""
+        return 3 if self.rule == "conservative" else 0
+
+    @property
+    def moments(self) -> int:
+        """Float32 values that a replica keeps for every weight, beside the curvature."""
+        return {"momentum": 1, "adam": 2}.get(self.rule, 0) + ("average" in self.constants)
+
+    @property
+    def bytes_per_weight(self) -> float:
+        """Memory of a replica beyond the weights, in bytes a weight."""
+        return 2.0 * (self.curvature or self.directions == "sparse") + 4.0 * self.moments
+
+    @property
+    def stateful_steps(self) -> bool:
+        """Whether a step needs more than this round's scalars, so that there can be one a round only."""
+        return self.rule in ("momentum", "adam", "conservative")
 
     def values(self, given: Mapping[str, float]) -> tuple[float, ...]:
         """Return the constants in a record's order, the given ones over the defaults."""
@@ -39,6 +71,8 @@ class Method:
         return dict(zip(self.constants, values, strict=True))
 
 
+_ADAM = {"beta1": 0.9, "beta2": 0.999, "stabiliser": 1e-8}
+
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
         method.name: method
@@ -47,15 +81,87 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 "decomfl",
                 1,
                 MappingProxyType({"smoothing": 0.0}),
-                False,
                 "w -= eta/P sum G z (Li et al., arXiv 2405.15861); smoothing > 0 divides eta by the RMS of G",
             ),
             Method(
                 "hiso",
                 2,
                 MappingProxyType({"nu": 0.05, "floor": 1e-4, "smoothing": 0.0}),
-                True,
                 "z = u / sqrt(h), h learned from the scalars (arXiv 2506.02370)",
+                curvature=True,
+            ),
+            Method(
+                "headstep",
+                3,
+                MappingProxyType({"smoothing": 0.9, "head_rate": 1.0}),
+                "the last layer by exact scalars, the body by steps normalised by the RMS of its scalars",
+                head=True,
+                fresh=True,
+                scheduled=("head_rate",),
+            ),
+            Method(
+                "mezo",
+                4,
+                MappingProxyType({}),
+                "w -= eta/P sum G z, P = 1 (Malladi et al., arXiv 2305.17333)",
+            ),
+            Method(
+                "fedmezo",
+                5,
+                MappingProxyType({}),
+                "K local MeZO steps along shared directions, then their mean (arXiv 2402.05926)",
+            ),
+            Method(
+                "baffle",
+                6,
+                MappingProxyType(
+                    {**_ADAM, "beta2": 0.99, "decay": 5e-4, "clip": 0.3, "average": 0.995},
+                ),
+                "Adam on the mean of G z, and a running mean of the weights (Feng et al., arXiv 2301.12195)",
+                rule="adam",
+            ),
+            Method("zo-sgd", 7, MappingProxyType({}), "w -= eta/P sum G z (arXiv 2402.11592)"),
+            Method(
+                "zo-sign",
+                8,
+                MappingProxyType({}),
+                "w -= eta/P sum sign(G) z (arXiv 2402.11592)",
+                rule="sign",
+            ),
+            Method(
+                "zo-momentum",
+                9,
+                MappingProxyType({"momentum": 0.9}),
+                "v <- mu v + mean G z; w -= eta v (arXiv 2402.11592)",
+                rule="momentum",
+            ),
+            Method(
+                "zo-adam",
+                10,
+                MappingProxyType({**_ADAM, "decay": 0.0, "clip": 0.0}),
+                "Adam on the mean of G z (arXiv 2402.11592)",
+                rule="adam",
+            ),
+            Method(
+                "zo-conservative",
+                11,
+                MappingProxyType({}),
+                "the best by mean loss of w - eta/P sum G z, w and w + eta/P sum G z (arXiv 2402.11592)",
+                rule="conservative",
+            ),
+            Method(
+                "zo-block",
+                12,
+                MappingProxyType({}),
+                "perturbation p moves tensor p mod T alone, by its own scalar (arXiv 2402.11592)",
+                directions="block",
+            ),
+            Method(
+                "zo-sparse",
+                13,
+                MappingProxyType({"kept": 0.1}),
+                "a fixed random share of the weights is perturbed and moves (arXiv 2402.11592)",
+                directions="sparse",
             ),
         )
     }

@@ -5,7 +5,7 @@ and how many records went into them. Whoever applies the same records to the sam
 bits. Everything here is elementwise and in a fixed order; see :mod:`edge_agent.grid`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from edge_agent.digest import fold, join, of_floats
 from edge_agent.grid import (
+    NO_LIMIT,
     RESERVE_STEPS,
     WEIGHT_STEPS,
     Segment,
@@ -20,21 +21,26 @@ from edge_agent.grid import (
     chunks,
     finite,
     inverse_root,
+    nudge,
     round_update,
     rounding_words,
     step_scale,
     weighted_noise,
     whole_scalars,
 )
+from edge_agent.head import Span, chosen, flat_indices, head_size, outside
+from edge_agent.moments import Clock, descend, follow
 from edge_agent.native.kernel import Learning, find_kernel
-from edge_agent.noise import NOISE_VERSION
-from edge_agent.optimizer import Normaliser, method_by_code
+from edge_agent.noise import NOISE_VERSION, NoiseKey, hash_words, mix64
+from edge_agent.optimizer import Method, Normaliser, method_by_code
 from edge_agent.wire import RoundPlan, RoundRecord
 from profiles.errors import DigestError, LogError
 
-__all__ = ["Replica", "apply_record", "apply_records"]
+__all__ = ["Replica", "apply_record", "apply_records", "move_head"]
 
 _ONE_BF16 = np.uint16(0x3F80)
+_STILL_BF16 = np.uint16(0x7F00)  # 1 / sqrt of it is 8e-20: such a weight is neither perturbed nor moved
+_MASK = 0x3A5C << 32  # beyond every perturbation number, so that no noise has this key
 _SMALLEST_CURVATURE = 1e-30  # far from denormals, which a processor may flush to zero
 _LARGEST_CURVATURE = np.float32(1e30)
 _LARGEST_DESCENT = np.float32(1e15)
@@ -42,7 +48,7 @@ _LARGEST_DESCENT = np.float32(1e15)
 
 @dataclass
 class Replica:
-    """A weight vector at a round.
+    """A weight vector at a round, and what a method remembers beside it.
 
     Attributes:
         weights: Flat float32 vector on the grid.
@@ -51,6 +57,11 @@ class Replica:
         curvature: bfloat16 bits per weight, or None while no method asked for it.
         normaliser: Running mean square of the scalars.
         threads: Threads that work on it, where there is a compiled kernel; no bit depends on them.
+        tensors: Where each tensor lies, (start, stop) in order: the blocks of a block-wise method.
+        head: Where the tensors of the last linear layer lie, if the graph tells their gradient.
+        moments: Float32 of shape (rows, size): momentum, or both moments of Adam, then the running mean
+            of the weights; None while no method asked for any.
+        clock: How far the moments are from their start.
     """
 
     weights: NDArray[np.float32]
@@ -59,6 +70,11 @@ class Replica:
     curvature: NDArray[np.uint16] | None = None
     normaliser: Normaliser = field(default_factory=Normaliser)
     threads: int = 1
+    tensors: tuple[Span, ...] = ()
+    head: tuple[Span, ...] = ()
+    moments: NDArray[np.float32] | None = None
+    clock: Clock = field(default_factory=Clock)
+    _mask: tuple[tuple[int, float], NDArray[np.uint16]] | None = None
 
     def digest(self) -> int:
         """Return 64 bits of all that the next rounds depend on."""
@@ -66,16 +82,60 @@ class Replica:
         if self.curvature is not None:
             curvature = fold(self.curvature.view(np.uint32), threads=self.threads)
         scalars = of_floats(self.normaliser.mean_square, self.normaliser.weight)
-        return join(fold(self.weights.view(np.uint32), threads=self.threads), curvature, scalars)
+        digest = join(fold(self.weights.view(np.uint32), threads=self.threads), curvature, scalars)
+        if self.moments is None:
+            return digest
+        moments = fold(self.moments.reshape(-1).view(np.uint32), threads=self.threads)
+        return join(digest, moments, of_floats(self.clock.first, self.clock.second))
 
     def curvature_for(self, plan: RoundPlan) -> NDArray[np.uint16] | None:
-        """Return the curvature that the plan's method divides by; None stands for h = 1."""
-        return self.curvature if method_by_code(plan.method).curvature else None
+        """Return the curvature that the plan's method divides by; None stands for h = 1.
+
+        A sparse method's is 1 where a weight may move and beyond all measure elsewhere; it follows from
+        the plan alone and is no state.
+        """
+        method = method_by_code(plan.method)
+        if method.directions != "sparse":
+            return self.curvature if method.curvature else None
+        named = (plan.seed, method.named(plan.constants)["kept"])
+        if self._mask is None or self._mask[0] != named:
+            self._mask = (named, _sparse(self.weights.size, *named))
+        return self._mask[1]
+
+    def reach(self, plan: RoundPlan) -> list[tuple[range, Sequence[Segment]]]:
+        """Return which perturbations of a step move which part of the weights: numbers and segments.
+
+        All move everything, except the last layer where it has exact scalars; in a block-wise method
+        perturbation p moves tensor p mod T alone.
+        """
+        if method_by_code(plan.method).directions == "block" and self.tensors:
+            blocks = min(len(self.tensors), plan.perturbations)
+            first = plan.round * plan.perturbations  # so that all tensors have their turn where P < T
+            return [
+                (
+                    range(block, plan.perturbations, blocks),
+                    _within(self.segments, self.tensors[(first + block) % len(self.tensors)]),
+                )
+                for block in range(blocks)
+            ]
+        body = outside(self.segments, self.head) if plan.exact else self.segments
+        return [(range(plan.perturbations), body)]
+
+    def evaluated(self) -> NDArray[np.float32]:
+        """Return the weights that are judged and kept: a running mean where the method has one."""
+        if self.moments is None or len(self.moments) < 3:
+            return self.weights
+        return self.moments[2]
 
     def prepare(self, method_code: int) -> None:
-        """Lay out the curvature, all ones, if the method has it and the replica not yet."""
-        if method_by_code(method_code).curvature and self.curvature is None:
+        """Lay out what the method remembers, if the replica has it not yet."""
+        method = method_by_code(method_code)
+        if method.curvature and self.curvature is None:
             self.curvature = np.full(self.weights.size, _ONE_BF16, np.uint16)
+        if method.moments and (self.moments is None or len(self.moments) != method.moments):
+            self.moments = np.zeros((method.moments, self.weights.size), np.float32)
+            if "average" in method.constants:
+                self.moments[-1] = self.weights
 
 
 def apply_records(replica: Replica, records: Iterable[RoundRecord]) -> None:
@@ -123,41 +183,115 @@ def _update(replica: Replica, record: RoundRecord) -> None:
     plan = record.plan
     method = method_by_code(plan.method)
     constants = method.named(plan.constants)
+    projected = record.scalars[:, : plan.perturbations]
     rate = plan.learning_rate
-    if constants["smoothing"] > 0:
-        replica.normaliser.observe([float(g) for g in record.scalars.reshape(-1)], constants["smoothing"])
+    if constants.get("smoothing", 0.0) > 0:
+        replica.normaliser.observe([float(g) for g in projected.reshape(-1)], constants["smoothing"])
         rate = replica.normaliser.divide(rate)
-    curvature = replica.curvature_for(plan)
-    parts = [whole_scalars(step) for step in record.scalars]
-    amounts = [finite(rate * unit / plan.perturbations) for _, unit in parts]
-    learning = Learning(
-        float(finite(parts[-1][1] / plan.perturbations)),
-        constants.get("nu", 0.0),
-        max(constants.get("floor", 0.0), _SMALLEST_CURVATURE),
+    replica.clock.tick(constants)
+    learning = Learning(0.0, constants.get("nu", 0.0), max(constants.get("floor", 0.0), _SMALLEST_CURVATURE))
+    for numbers, segments in replica.reach(plan):
+        keys = [[plan.keys(step)[number] for number in numbers] for step in range(plan.steps)]
+        parts = [whole_scalars(_directed(method, plan, scalars)[numbers]) for scalars in record.scalars]
+        wholes = np.stack([whole for whole, _ in parts])
+        if method.moments:
+            _remember(replica, segments, keys[0], parts[0], rate, constants)
+            continue
+        amounts = [finite(rate * unit / len(numbers)) for _, unit in parts]
+        learning = learning._replace(descent=float(finite(parts[-1][1] / len(numbers))))
+        _descend(replica, plan, segments, keys, wholes, amounts, learning)
+    if plan.exact:
+        for step in range(plan.steps):
+            move_head(replica, plan, record.scalars[step], step=step, limit=RESERVE_STEPS)
+
+
+def _directed(method: Method, plan: RoundPlan, scalars: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the factors of a step's directions: its projected gradients, or what the rule makes of them."""
+    projected = scalars[: plan.perturbations]
+    if method.rule == "sign":
+        return np.sign(projected)
+    if method.rule == "conservative":
+        there, here, back = (float(loss) for loss in scalars[-3:])
+        if here <= there and here <= back:
+            return np.zeros_like(projected)
+        return projected if there <= back else -projected
+    return projected
+
+
+def move_head(
+    replica: Replica,
+    plan: RoundPlan,
+    scalars: NDArray[np.float32],
+    *,
+    step: int,
+    limit: int,
+    direction: int = 1,
+    bounded: bool = True,
+) -> None:
+    """Take a step down the last layer's gradient by a step's exact scalars.
+
+    Args:
+        replica: Changed in place.
+        plan: Of the round.
+        scalars: All of the step; the exact ones follow the projected gradients.
+        step: Local step.
+        limit: Grid steps that a weight may be displaced by.
+        direction: +1, or -1 to take a private move back.
+        bounded: Whether the weights stay within their grid's limit; a move that is to be taken back must not
+            be cut off.
+    """
+    rate = np.float32(method_by_code(plan.method).named(plan.constants)["head_rate"])
+    places = chosen(plan, step, head_size(replica.head))
+    words = np.concatenate(
+        [rounding_words(plan.keys(step)[0], start, stop - start) for start, stop in replica.head]
     )
-    keys = [plan.keys(step) for step in range(plan.steps)]
+    exact = scalars[plan.perturbations : plan.perturbations + plan.exact]
+    nudge(
+        replica.weights,
+        replica.segments,
+        flat_indices(places, replica.head),
+        rate * exact,
+        words[places],
+        limit=limit,
+        direction=direction,
+        largest=WEIGHT_STEPS if bounded else NO_LIMIT,
+    )
+
+
+def _descend(
+    replica: Replica,
+    plan: RoundPlan,
+    segments: Sequence[Segment],
+    keys: Sequence[Sequence[NoiseKey]],
+    wholes: NDArray[np.int32],
+    amounts: Sequence[np.float32],
+    learning: Learning,
+) -> None:
+    """Move the weights of some segments by all local steps, and learn their curvature."""
+    curvature = replica.curvature_for(plan)
+    learned = curvature is not None and curvature is replica.curvature
     if (kernel := find_kernel()) is not None:
         kernel.update(
             replica.weights,
-            replica.segments,
+            segments,
             keys,
-            np.stack([wholes for wholes, _ in parts]),
+            wholes,
             amounts,
             largest_move=RESERVE_STEPS,
             largest_weight=WEIGHT_STEPS,
             direction=1,
             curvature=curvature,
-            learning=None if curvature is None else learning,
+            learning=learning if learned else None,
             threads=replica.threads,
         )
         return
-    for start, stop, exponent in chunks(replica.segments):
+    for start, stop, exponent in chunks(segments):
         scale = step_scale(exponent)
         limit = np.float32(WEIGHT_STEPS) / scale
         weights = replica.weights[start:stop]
         root = None if curvature is None else inverse_root(curvature[start:stop])
-        for step, (wholes, _) in enumerate(parts):
-            total = weighted_noise(keys[step], wholes, start, stop - start)
+        for step, whole in enumerate(wholes):
+            total = weighted_noise(keys[step], whole, start, stop - start)
             words = rounding_words(keys[step][0], start, stop - start)
             steps = total * (amounts[step] * scale)
             if root is not None:
@@ -166,10 +300,38 @@ def _update(replica: Replica, record: RoundRecord) -> None:
             steps /= scale
             weights -= steps
             np.clip(weights, -limit, limit, out=weights)
-        if curvature is not None and root is not None:
+        if learned and curvature is not None and root is not None:
             total *= np.float32(learning.descent)
             total *= root
             curvature[start:stop] = _learn(curvature[start:stop], total, words, learning)
+
+
+def _remember(
+    replica: Replica,
+    segments: Sequence[Segment],
+    keys: Sequence[NoiseKey],
+    part: tuple[NDArray[np.int32], float],
+    rate: float,
+    constants: Mapping[str, float],
+) -> None:
+    """Move the weights by a rule with moments; a round has one step."""
+    wholes, unit = part
+    if replica.moments is None:
+        raise ValueError("the replica was not prepared for this method")
+    amount = finite(unit / len(keys))
+    for start, stop, exponent in chunks(segments):
+        scale = step_scale(exponent)
+        limit = np.float32(WEIGHT_STEPS) / scale
+        weights = replica.weights[start:stop]
+        gradient = weighted_noise(keys, wholes, start, stop - start) * amount
+        steps = descend(gradient, weights, replica.moments[:, start:stop], replica.clock, constants)
+        steps *= finite(rate) * scale
+        round_update(steps, rounding_words(keys[0], start, stop - start), RESERVE_STEPS)
+        steps /= scale
+        weights -= steps
+        np.clip(weights, -limit, limit, out=weights)
+        if "average" in constants:
+            follow(replica.moments[-1, start:stop], weights, constants["average"])
 
 
 def _learn(
@@ -189,3 +351,21 @@ def _learn(
     h += descent
     np.clip(h, np.float32(learning.floor), _LARGEST_CURVATURE, out=h)
     return ((h.view(np.uint32) + (words & np.uint32(0xFFFF))) >> np.uint32(16)).astype(np.uint16)
+
+
+def _sparse(size: int, seed: int, kept: float) -> NDArray[np.uint16]:
+    """Return a curvature that lets a share of the weights move, the same in every round of a run."""
+    words = hash_words(NoiseKey(mix64(seed), 0, 0, _MASK), 0, size)
+    mask = np.full(size, _STILL_BF16, np.uint16)
+    mask[words < kept * 4294967296.0] = _ONE_BF16
+    return mask
+
+
+def _within(segments: Sequence[Segment], span: Span) -> list[Segment]:
+    """Return what of the segments lies in a span."""
+    start, stop = span
+    return [
+        Segment(max(start, segment.start), min(stop, segment.stop), segment.exponent)
+        for segment in segments
+        if segment.start < stop and start < segment.stop
+    ]

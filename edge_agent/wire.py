@@ -49,7 +49,7 @@ MAX_SCALARS = 0xFFFF
 LARGEST_SCALAR = 1e9
 """A projected gradient or loss beyond this is no estimate of anything."""
 
-_PLAN = struct.Struct("<IQBBBBHff")
+_PLAN = struct.Struct("<IQBBBBHHff")
 _RECORD = struct.Struct("<HBQ")
 _OPEN = struct.Struct("<BBHHHBBIH")
 _REPLY = struct.Struct("<BBHIHHIfIQ")
@@ -77,6 +77,7 @@ class RoundPlan:
         epsilon: Step of the finite difference, > 0.
         learning_rate: Learning rate of this round, >= 0.
         constants: The method's constants in its order.
+        exact: Exact scalars a step Q: coordinates of the last layer's gradient; 0 for none.
         noise_version: Which bits the noise has.
     """
 
@@ -88,12 +89,18 @@ class RoundPlan:
     epsilon: float
     learning_rate: float
     constants: tuple[float, ...] = ()
+    exact: int = 0
     noise_version: int = NOISE_VERSION
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "epsilon", _single(self.epsilon))
         object.__setattr__(self, "learning_rate", _single(self.learning_rate))
         object.__setattr__(self, "constants", tuple(_single(value) for value in self.constants))
+
+    @property
+    def scalars(self) -> int:
+        """Scalars of a local step: P projected gradients, then what else the plan asks."""
+        return self.perturbations + self.exact + method_by_code(self.method).losses
 
     def keys(self, step: int) -> list[NoiseKey]:
         """Return the noise keys of a local step's P perturbations."""
@@ -108,7 +115,7 @@ class RoundRecord:
         plan: What was asked.
         epoch: Incarnation of the coordinator that closed the round.
         skipped: No quorum came together; replay only counts the round.
-        scalars: Aggregated projected gradients, float32 of shape (K, P); zeros when skipped.
+        scalars: Aggregated scalars, float32 of shape (K, ``plan.scalars``); zeros when skipped.
         digest: Of the replica after this record.
     """
 
@@ -188,7 +195,7 @@ class Reply:
         loss: Mean loss over the samples and forwards, or NaN if the estimate failed.
         peak_kib: Largest resident size of the agent's process so far.
         digest: Of the agent's replica before the round.
-        scalars: Projected gradients, float32 of shape (K * P,), step by step; empty if it failed.
+        scalars: Float32 of shape (K * ``plan.scalars``,), step by step; empty if it failed.
     """
 
     epoch: int
@@ -291,7 +298,7 @@ def decode(data: bytes) -> RoundOpen | Reply | Slice | SliceRequest:
 
 
 def encode_record(record: RoundRecord) -> bytes:
-    """Return the bytes of a record: its plan, then epoch, flags, digest and K * P float32 scalars."""
+    """Return the bytes of a record: its plan, then epoch, flags, digest and the float32 scalars."""
     head = _RECORD.pack(record.epoch, int(record.skipped), record.digest)
     scalars = b"" if record.skipped else record.scalars.astype("<f4").tobytes()
     return _encode_plan(record.plan) + head + scalars
@@ -338,6 +345,7 @@ def _encode_plan(plan: RoundPlan) -> bytes:
         plan.steps,
         len(plan.constants),
         plan.perturbations,
+        plan.exact,
         plan.epsilon,
         plan.learning_rate,
     )
@@ -345,17 +353,22 @@ def _encode_plan(plan: RoundPlan) -> bytes:
 
 
 def _read_plan(reader: _Reader) -> RoundPlan:
-    round_, seed, noise, method, steps, count, perturbations, epsilon, rate = reader.unpack(_PLAN)
+    round_, seed, noise, method, steps, count, perturbations, exact, epsilon, rate = reader.unpack(_PLAN)
     constants = struct.unpack(f"<{count}f", reader.take(4 * int(count)))
     try:
-        expected = len(method_by_code(int(method)).constants)
+        rule = method_by_code(int(method))
     except KeyError:
         known = ", ".join(f"{m.code} {m.name}" for m in METHODS.values())
         raise WireError(f"method {method} is unknown; this release knows {known}") from None
-    if count != expected:
-        raise WireError(f"method {method} has {expected} constants, the plan {count}")
-    if not 1 <= int(steps) * int(perturbations) <= MAX_SCALARS:
-        raise WireError(f"a plan has 1 to {MAX_SCALARS} scalars, got {steps} times {perturbations}")
+    if count != len(rule.constants):
+        raise WireError(f"method {method} has {len(rule.constants)} constants, the plan {count}")
+    if exact and not rule.head:
+        raise WireError(f"method {method} has no exact scalars, the plan {exact}")
+    asked = int(steps) * (int(perturbations) + int(exact) + rule.losses)
+    if steps < 1 or perturbations < 1 or asked > MAX_SCALARS:
+        raise WireError(
+            f"a plan asks 1 to {MAX_SCALARS} scalars, got {steps} steps of {perturbations} + {exact}"
+        )
     if not (0 < epsilon < np.inf and 0 <= rate < np.inf and all(np.isfinite(constants))):
         raise WireError(f"epsilon {epsilon}, learning rate {rate} or a constant {constants} is out of range")
     return RoundPlan(
@@ -367,6 +380,7 @@ def _read_plan(reader: _Reader) -> RoundPlan:
         epsilon=epsilon,
         learning_rate=rate,
         constants=constants,
+        exact=int(exact),
         noise_version=int(noise),
     )
 
@@ -383,9 +397,9 @@ def _read_record(reader: _Reader) -> RoundRecord:
     epoch, flags, digest = reader.unpack(_RECORD)
     if flags not in (0, 1):
         raise WireError(f"record flags {flags} are unknown")
-    count = plan.steps * plan.perturbations
+    count = plan.steps * plan.scalars
     scalars = np.zeros(count, np.float32) if flags else _read_scalars(reader, count)
-    shaped = scalars.reshape(plan.steps, plan.perturbations)
+    shaped = scalars.reshape(plan.steps, plan.scalars)
     return RoundRecord(plan, int(epoch), bool(flags), shaped, int(digest))
 
 

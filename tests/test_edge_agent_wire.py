@@ -50,7 +50,7 @@ def test_golden_bytes_of_a_reply():
 def test_golden_bytes_of_a_record():
     """A record has the bytes that docs/wire.md shows."""
     assert encode_record(record(8, 2)).hex() == (
-        "08000000" "0700000000000000" "01" "02" "01" "03" "0200" "6f12833a" "0000803e"
+        "08000000" "0700000000000000" "01" "02" "01" "03" "0200" "0000" "6f12833a" "0000803e"
         "0000003f" "0000003e" "00000000"
         "0300" "00" "efcdab8967452301" "00000000" "0000803f"
     )  # fmt: skip
@@ -59,7 +59,7 @@ def test_golden_bytes_of_a_record():
 def test_golden_bytes_of_a_round_announcement():
     """An announcement is its head, its cohort's bits, its plan and its records."""
     head = "0101030001001000010160ea000002000502"
-    assert encode(OPEN) == bytes.fromhex(head) + encode_record(record(9, 2))[:38] + encode_record(
+    assert encode(OPEN) == bytes.fromhex(head) + encode_record(record(9, 2))[:40] + encode_record(
         record(8, 2)
     )
 
@@ -87,6 +87,32 @@ def test_an_announcement_with_four_records_fits_400_bytes():
         OPEN, plan=plan(9), records=tuple(map(record, range(5, 9))), cohort=Cohort(frozenset({0, 15}))
     )
     assert len(encode(opened)) <= 400
+
+
+def exact_record(round_: int) -> RoundRecord:
+    """A record of two projected gradients and three exact scalars in each of two steps."""
+    asked = RoundPlan(round_, 7, METHODS["headstep"].code, 2, 2, 1e-3, 0.25, (0.5, 1.0), exact=3)
+    return RoundRecord(asked, 3, False, np.arange(10, dtype=np.float32).reshape(2, 5), 0x0123456789ABCDEF)
+
+
+def test_golden_bytes_of_a_record_with_exact_scalars():
+    """The exact scalars of a step follow its projected gradients."""
+    assert encode_record(exact_record(8)).hex() == (
+        "08000000" "0700000000000000" "01" "03" "02" "02" "0200" "0300" "6f12833a" "0000803e"
+        "0000003f" "0000803f"
+        "0300" "00" "efcdab8967452301"
+        "00000000" "0000803f" "00000040" "00004040" "00008040"
+        "0000a040" "0000c040" "0000e040" "00000041" "00001041"
+    )  # fmt: skip
+    assert decode_record(encode_record(exact_record(8))) == exact_record(8)
+
+
+def test_exact_scalars_are_refused_where_the_method_has_none():
+    """A plan of HiSo that asks for exact scalars is no plan."""
+    data = bytearray(encode_record(record(1)))
+    data[18] = 1
+    with pytest.raises(WireError, match="no exact scalars"):
+        decode_record(bytes(data))
 
 
 def test_a_skipped_record_carries_no_scalars():

