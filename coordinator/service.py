@@ -233,7 +233,7 @@ class Service:
 
     def _tell(self, kind: str, name: str, text: str, *, stranger: bool) -> None:
         """Note an event for people: all of them at first, then ever fewer of what anybody can cause."""
-        always = kind in ("missed", "excluded", "skipped", "extended", "suspect")
+        always = kind in ("missed", "excluded", "skipped", "extended", "suspect", "trusted again")
         self._told[kind, name] += 1
         count = self._told[kind, name]
         if always or count in (_STRANGERS_TOLD_AT if stranger else _TOLD_AT):
