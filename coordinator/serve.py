@@ -13,7 +13,7 @@ from coordinator.config import load_experiment
 from coordinator.rebuild import rebuild
 from coordinator.scalar_log import ScalarLog
 from coordinator.service import Service
-from coordinator.testbed import make_rounds
+from coordinator.testbed import rounds_of
 from edge_agent.bundle import read_bundle
 from edge_agent.link import MqttLink
 from edge_agent.topics import Topics
@@ -46,8 +46,9 @@ def serve_run(
         replica = rebuild(bundle, log)
         epoch = log.next_epoch()
         log.add_event("coordinator started", "", f"epoch {epoch}, round {replica.round}")
-        recent = list(log.records(max(0, replica.round - 4)))
-        rounds = make_rounds(experiment, bundle, replica, epoch=epoch, recent=recent)
+        rounds = rounds_of(
+            experiment, bundle, replica, epoch=epoch, recent=list(log.records(max(0, replica.round - 4)))
+        )
         link = MqttLink(broker, client_id=f"{experiment.name}-coordinator")
         service = Service(
             link=link,

@@ -23,7 +23,7 @@ from coordinator.partition import partition
 from coordinator.progress import Observer
 from coordinator.rounds import Action, Announce, Commit, Rounds
 from coordinator.scalar_log import ScalarLog
-from coordinator.testbed import Evaluator, make_bundle, make_rounds, read_samples
+from coordinator.testbed import Evaluator, make_bundle, read_samples, rounds_of
 from edge_agent.bundle import Bundle
 from edge_agent.data import Samples
 from edge_agent.forward import Forward
@@ -98,7 +98,7 @@ def _simulate(experiment: Experiment, folder: Path, observer: Observer) -> dict[
     with ScalarLog.create(folder / "log.sqlite", meta) as log:
         log.set_agents([(a.id, a.name, a.profile, a.memory_mib, None) for a in experiment.agents])
         replica = bundle.replica()
-        rounds = make_rounds(experiment, bundle, replica, epoch=log.next_epoch())
+        rounds = rounds_of(experiment, bundle, replica, epoch=log.next_epoch())
         judge = Evaluator(bundle, replica, test)
         log.add_evaluation(0, *judge())
         observer.stage(f"simulating {len(names)} agents by {experiment.method.name}")

@@ -12,14 +12,16 @@ from pathlib import Path
 
 import numpy as np
 
+from edge_agent.moments import Clock
 from edge_agent.optimizer import Normaliser
 from edge_agent.replay import Replica
 from profiles.errors import StateError
 
 __all__ = ["load_replica", "save_replica"]
 
-_HEAD = struct.Struct("<8s64s32sIBddQ")
-_MAGIC = b"SFSTATE1"
+_HEAD = struct.Struct("<8s64s32sIBBddddQ")
+_MAGIC = b"SFSTATE2"
+_MOST_MOMENTS = 3
 
 
 def save_replica(path: Path, replica: Replica, *, bundle_identity: str, run: str) -> None:
@@ -40,8 +42,11 @@ def save_replica(path: Path, replica: Replica, *, bundle_identity: str, run: str
         run.encode()[:32],
         replica.round,
         replica.curvature is not None,
+        0 if replica.moments is None else len(replica.moments),
         replica.normaliser.mean_square,
         replica.normaliser.weight,
+        replica.clock.first,
+        replica.clock.second,
         replica.digest(),
     )
     beside = path.with_suffix(".new")
@@ -51,6 +56,8 @@ def save_replica(path: Path, replica: Replica, *, bundle_identity: str, run: str
             file.write(replica.weights.view(np.uint8).data)
             if replica.curvature is not None:
                 file.write(replica.curvature.view(np.uint8).data)
+            if replica.moments is not None:
+                file.write(replica.moments.view(np.uint8).data)
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
@@ -83,7 +90,7 @@ def load_replica(path: Path, fresh: Replica, *, bundle_identity: str, run: str) 
             raw = file.read(_HEAD.size)
             if len(raw) < _HEAD.size:
                 raise StateError(f"{path} is cut short at {len(raw)} bytes")
-            magic, identity, saved_run, round_, curved, mean_square, weight, digest = _HEAD.unpack(raw)
+            magic, identity, saved_run, round_, curved, moments, *floats, digest = _HEAD.unpack(raw)
             belongs = (magic, identity, saved_run.rstrip(b"\0")) == (
                 _MAGIC,
                 bundle_identity.encode(),
@@ -91,12 +98,18 @@ def load_replica(path: Path, fresh: Replica, *, bundle_identity: str, run: str) 
             )
             if not belongs:
                 return None
+            if moments > _MOST_MOMENTS:
+                raise StateError(f"{path} holds {moments} moments; no method has more than {_MOST_MOMENTS}")
             wanted = fresh.weights.nbytes
             found = file.readinto(fresh.weights.view(np.uint8).data)
             if curved:
                 fresh.curvature = np.empty(fresh.weights.size, np.uint16)
                 wanted += fresh.curvature.nbytes
                 found += file.readinto(fresh.curvature.view(np.uint8).data)
+            if moments:
+                fresh.moments = np.empty((moments, fresh.weights.size), np.float32)
+                wanted += fresh.moments.nbytes
+                found += file.readinto(fresh.moments.view(np.uint8).data)
             if found != wanted:
                 raise StateError(f"{path} is cut short: {found} of {wanted} bytes")
     except FileNotFoundError:
@@ -104,7 +117,8 @@ def load_replica(path: Path, fresh: Replica, *, bundle_identity: str, run: str) 
     except OSError as error:
         raise StateError(f"{path} cannot be read: {error}") from None
     fresh.round = round_
-    fresh.normaliser = Normaliser(mean_square, weight)
+    fresh.normaliser = Normaliser(*floats[:2])
+    fresh.clock = Clock(*floats[2:])
     if fresh.digest() != digest:
         raise StateError(f"{path} does not have the digest {digest:016x} that it was saved with")
     return fresh

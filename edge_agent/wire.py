@@ -364,10 +364,9 @@ def _read_plan(reader: _Reader) -> RoundPlan:
         raise WireError(f"method {method} has {len(rule.constants)} constants, the plan {count}")
     if exact and not rule.head:
         raise WireError(f"method {method} has no exact scalars, the plan {exact}")
-    asked = int(steps) * (int(perturbations) + int(exact) + rule.losses)
-    if steps < 1 or perturbations < 1 or asked > MAX_SCALARS:
+    if not (steps and perturbations and steps * (perturbations + exact + rule.losses) <= MAX_SCALARS):
         raise WireError(
-            f"a plan asks 1 to {MAX_SCALARS} scalars, got {steps} steps of {perturbations} + {exact}"
+            f"a plan has 1 to {MAX_SCALARS} scalars, got {steps} times {perturbations} and {exact} exact ones"
         )
     if not (0 < epsilon < np.inf and 0 <= rate < np.inf and all(np.isfinite(constants))):
         raise WireError(f"epsilon {epsilon}, learning rate {rate} or a constant {constants} is out of range")
