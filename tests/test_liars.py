@@ -11,7 +11,7 @@ from coordinator.config import load_experiment
 from coordinator.progress import LineProgress
 from coordinator.rounds import Note, Rounds
 from coordinator.simulate import Spending, deal, play
-from coordinator.testbed import Evaluator, make_bundle, make_rounds, read_samples
+from coordinator.testbed import Evaluator, make_bundle, read_samples, rounds_of
 
 ROOT = Path(__file__).resolve().parent.parent
 LIARS = (2, 7)
@@ -46,9 +46,9 @@ class LyingFleet:
 def run(tmp_path_factory):
     """An experiment of ten agents with its samples and its bundle."""
     settings = [
-        "rounds=200",
+        "rounds=300",
+        "data.split=iid",
         "devices=[{profile='pi-4-2gb', count=10}]",
-        "method.perturbations=8",
         "pruning.schedule_steps=4",
         "fleet.liars=0.2",
     ]
@@ -64,7 +64,7 @@ def train_with(run, *, rule: str, lie=None) -> tuple[float, dict[int, str]]:
     experiment, bundle, train, test = run
     chosen = replace(experiment, fleet=replace(experiment.fleet, aggregation=rule))
     replica = bundle.replica()
-    fleet = LyingFleet(make_rounds(chosen, bundle, replica, epoch=1), lie)
+    fleet = LyingFleet(rounds_of(chosen, bundle, replica, epoch=1), lie)
     play(fleet, bundle, train, deal(chosen, train), on_commit=lambda commit: None, spent=Spending())
     _, accuracy = Evaluator(bundle, replica, test)()
     return accuracy, fleet.suspects
