@@ -117,6 +117,13 @@ _DIGITS_GRIDS = {
     "headstep": _grid(learning_rate=_doubling(0.01, 3), head_rate=[1.0, 2.0]),
 }
 
+_MNIST: Mapping[str, Any] = {
+    "model": {"name": "lenet"},
+    "data": {"split": "dirichlet", "alpha": 1.0},
+    "pruning": {"method": "none"},
+    "devices": [{"profile": "pi-4-2gb", "count": 8}],
+}
+
 TASKS: Mapping[str, Task] = {
     "digits": Task(
         {**_DIGITS, "method": {"perturbations": 5, "batch_size": 16, "exact": 66}},
@@ -129,21 +136,15 @@ TASKS: Mapping[str, Task] = {
     ),
     "digits-p20": Task(
         {**_DIGITS, "method": {"perturbations": 20, "batch_size": 16, "exact": 66}},
-        rounds=400,
-        tuning_rounds=300,
-        targets=(0.80, 0.85, 0.88, 0.90),
+        rounds=300,
+        tuning_rounds=200,
+        targets=(0.80, 0.85, 0.88),
         tuned_for=0.88,
         grids=_DIGITS_GRIDS,
         data="examples/digits.npz",
     ),
     "mnist": Task(
-        {
-            "model": {"name": "lenet"},
-            "data": {"split": "dirichlet", "alpha": 1.0},
-            "pruning": {"method": "none"},
-            "method": {"perturbations": 10, "batch_size": 32, "exact": 1000},
-            "devices": [{"profile": "pi-4-2gb", "count": 8}],
-        },
+        {**_MNIST, "method": {"perturbations": 10, "batch_size": 32, "exact": 1000}},
         rounds=300,
         tuning_rounds=150,
         targets=(0.60, 0.70, 0.80, 0.85),
@@ -155,6 +156,24 @@ TASKS: Mapping[str, Task] = {
                 {"learning_rate": 0.01, "head_rate": 2.0},
                 {"learning_rate": 0.01, "head_rate": 4.0},
             ],
+        },
+    ),
+    "mnist-150": Task(  # the same with a rate that falls to nothing in 150 rounds
+        {
+            **_MNIST,
+            "method": {"perturbations": 10, "batch_size": 32, "exact": 1000, "schedule": "cosine"},
+        },
+        rounds=150,
+        tuning_rounds=150,
+        targets=(0.70, 0.80, 0.85),
+        tuned_for=0.85,
+        grids={
+            "headstep": [
+                {"learning_rate": 0.014, "head_rate": 2.0},
+                {"learning_rate": 0.014, "head_rate": 4.0},
+                {"learning_rate": 0.02, "head_rate": 4.0},
+            ],
+            "decomfl": _grid(learning_rate=[0.004, 0.008, 0.016]),
         },
     ),
 }
