@@ -270,6 +270,9 @@ class Rounds:
             actions.append(Note("estimate failed", agent, f"round {round_}"))
         else:
             opened.counted[agent] = reply
+            if reply.samples < opened.message.batch_size:
+                fewer = f"round {round_}: {reply.samples} of {opened.message.batch_size} samples"
+                actions.append(Note("smaller batch", agent, fewer))
         return actions + self._close_if_over(now)
 
     def on_tick(self, now: float) -> list[Action]:
@@ -318,7 +321,7 @@ class Rounds:
             return "duplicate"
         if not reply.failed and reply.scalars.size != plan.steps * plan.scalars:
             return "wrong number of scalars"
-        if reply.samples != opened.message.batch_size:
+        if not 1 <= reply.samples <= opened.message.batch_size:
             return "wrong number of samples"
         if reply.digest != opened.digest:
             return "digest disagrees"

@@ -83,6 +83,7 @@ class Agent:
         self._reply: Reply | None = None
         self._reply_to: tuple[RoundPlan, int, bool] | None = None  # what the reply in memory answers
         self._asked_at: float | None = None
+        self._largest_batch: int | None = None  # that this board's memory has held, once one was too large
         self._disagreed = 0  # how often in a row a log that began with the bundle led elsewhere
         self._closed = False
         self._followed_epoch = 0  # the epoch whose log took the replica to where it is
@@ -244,14 +245,30 @@ class Agent:
             peak_kib=self._peak_kib(),
             digest=self.replica.digest(),
         )
-        try:
-            made = self._estimate(self.replica, opened, number)
-        except (EstimateError, MemoryError) as error:
-            self.dropped[f"estimate failed: {type(error).__name__}"] += 1
-            return reply
+        batch = min(opened.batch_size, self._largest_batch or opened.batch_size)
+        while True:
+            try:
+                made = self._estimate(self.replica, replace(opened, batch_size=batch), number)
+            except MemoryError:
+                self.dropped["batch too large for this board's memory"] += 1
+                if batch == 1:
+                    return reply
+                batch //= 2  # fewer samples are better than none, and their weight is theirs
+                self._largest_batch = batch
+            except EstimateError:
+                self.dropped["estimate failed"] += 1
+                return reply
+            else:
+                break
         self.estimates += 1
         self.forwards += made.forwards
-        return replace(reply, loss=made.loss, scalars=made.scalars.reshape(-1), peak_kib=self._peak_kib())
+        return replace(
+            reply,
+            samples=batch,
+            loss=made.loss,
+            scalars=made.scalars.reshape(-1),
+            peak_kib=self._peak_kib(),
+        )
 
     def _apply(self, records: tuple[RoundRecord, ...]) -> None:
         """Apply those of the consecutive records that come next; only the last one's digest is checked."""

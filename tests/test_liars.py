@@ -13,6 +13,8 @@ from coordinator.rounds import Note, Rounds
 from coordinator.simulate import Spending, deal, play
 from coordinator.testbed import Evaluator, make_bundle, read_samples, rounds_of
 
+pytestmark = pytest.mark.timeout(1200)  # three hundred rounds of ten agents, five times
+
 ROOT = Path(__file__).resolve().parent.parent
 LIARS = (2, 7)
 LIES = {

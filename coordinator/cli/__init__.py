@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from coordinator.cli import log, profile, replay, report, simulate, swarm, testbed
+from coordinator.cli import fit, log, profile, replay, report, simulate, swarm, testbed
 from profiles.errors import ScalarfedError
 
 __all__ = ["app", "main"]
@@ -32,6 +32,7 @@ app.add_typer(log.app, name="log")
 app.command(name="replay", epilog=replay.EXAMPLE)(replay.replay)
 app.command(name="report", epilog=report.EXAMPLE)(report.report)
 app.add_typer(profile.app, name="profile")
+app.command(name="fit", epilog=fit.EXAMPLE)(fit.fit)
 app.command(name="swarm", epilog=swarm.EXAMPLE)(swarm.swarm)
 
 
