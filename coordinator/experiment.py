@@ -131,7 +131,7 @@ class Fleet:
         deadline_s: Seconds until a round closes or is extended.
         resend_s: Seconds after which an unanswered round message is sent again.
         aggregation: How the agents' scalars become one: ``mean`` trusts all, ``median``, ``trimmed`` (mean
-            without the smallest and largest) and ``krum`` bear some liars.
+            without the smallest and largest) and ``krum`` bear some liars, and leave out who is suspected.
         liars: The share of the agents that may lie; the mean does not look at it.
     """
 
