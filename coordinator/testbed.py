@@ -22,7 +22,7 @@ from coordinator.experiment import AgentPlan, Experiment
 from coordinator.health import Health
 from coordinator.partition import partition
 from coordinator.progress import Observer
-from coordinator.rebuild import rebuild
+from coordinator.rebuild import CHECKPOINT, resume_replica
 from coordinator.report import write_report
 from coordinator.rounds import Rounds
 from coordinator.scalar_log import ScalarLog
@@ -344,7 +344,7 @@ def _train(
     observer: Observer,
 ) -> Service:
     epoch = log.next_epoch()
-    replica = rebuild(bundle, log)
+    replica = resume_replica(bundle, log, checkpoint=out / CHECKPOINT, run=experiment.name)
     judge = Evaluator(bundle, replica, test)
     log.add_event("coordinator started", "", f"epoch {epoch}, round {replica.round}")
     rounds = rounds_of(
@@ -393,6 +393,7 @@ def _train(
             rounds=rounds,
             agents=[agent.name for agent in experiment.agents],
             bundle_identity=bundle.identity,
+            checkpoint=out / CHECKPOINT,
             on_commit=on_commit,
             on_idle=on_idle,
         )
