@@ -34,7 +34,7 @@ def free(graph):
 
 @pytest.mark.parametrize("name", NETS)
 def test_graph_keeps_the_contract(name):
-    """Inputs are x, y and all parameters; outputs loss, correct, logits, head_gradient; no weight is fixed."""
+    """Inputs: x, y and all parameters; outputs: loss, correct, logits, head_gradient; no weight is fixed."""
     net = build_model(name, sample_shape=NETS[name], classes=10)
     graph = onnx.load_model_from_string(export_graph(net, sample_shape=NETS[name], classes=10).graph).graph
     names = [k for k, _ in net.named_parameters()]
