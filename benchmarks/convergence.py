@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -297,7 +297,10 @@ def compare(task: Task, data: Path, seeds: Sequence[int], tell: Callable[[str], 
             ],
             "targets": {f"{target:.2f}": _figures(runs, target) for target in task.targets},
             "best": [max(run.accuracy) for run in runs],
-            "runs": [asdict(run) for run in runs],
+            "runs": [
+                {"seed": run.seed, "digest": run.digest, "accuracy": [round(a, 4) for a in run.accuracy]}
+                for run in runs
+            ],
         }
         tell(_row(method, result[method], task) + f"  ({time.monotonic() - began:.0f} s)")
     return result
@@ -352,7 +355,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         machine = {"processor": platform.machine(), "system": platform.system()}
         report = {"task": options.task, "machine": machine, "seeds": options.seeds, "methods": figures}
-        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        options.out.write_text(json.dumps(report) + "\n", encoding="utf-8")
     return 0
 
 

@@ -76,7 +76,9 @@ class Pruning:
         schedule_steps: Steps in which the density falls.
     """
 
-    method: Annotated[str, Choice(("ntk", "synflow", "snip", "grasp", "magnitude", "erk", "random", "uniform", "none"))] = "ntk"
+    method: Annotated[
+        str, Choice(("ntk", "synflow", "snip", "grasp", "magnitude", "erk", "random", "uniform", "none"))
+    ] = "ntk"
     density: Annotated[
         float,
         Number(

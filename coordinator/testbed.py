@@ -19,6 +19,7 @@ import numpy as np
 from coordinator.broker import Broker, open_broker
 from coordinator.config import dump, load_experiment
 from coordinator.experiment import AgentPlan, Experiment
+from coordinator.health import Health
 from coordinator.partition import partition
 from coordinator.progress import Observer
 from coordinator.rebuild import CHECKPOINT, resume_replica
@@ -356,8 +357,13 @@ def _train(
         loss, accuracy = judge()
         log.add_evaluation(replica.round, loss, accuracy)
 
+    health = Health(experiment.method.learning_rate)
+
     def on_commit(record: RoundRecord, loss: float | None) -> None:
         done = record.plan.round + 1
+        for text in health.observe(record, loss, replica):
+            log.add_event("health", "", f"round {record.plan.round}: {text}")
+            observer.line(f"round {done}: {text}")
         if done % experiment.evaluation.every == 0 or done == experiment.rounds:
             evaluate_now()
         observer.round(

@@ -9,7 +9,19 @@ from typing import Annotated
 
 import typer
 
-from coordinator.cli import fit, log, profile, replay, report, simulate, swarm, testbed
+from coordinator.cli import (
+    devices,
+    doctor,
+    fit,
+    flash,
+    log,
+    profile,
+    replay,
+    report,
+    simulate,
+    swarm,
+    testbed,
+)
 from profiles.errors import ScalarfedError
 
 __all__ = ["app", "main"]
@@ -27,6 +39,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(testbed.app, name="testbed")
+app.add_typer(flash.app, name="flash")
+app.add_typer(devices.app, name="devices")
+app.command(name="doctor", epilog=doctor.EXAMPLE)(doctor.doctor)
 app.command(name="simulate", epilog=simulate.EXAMPLE)(simulate.simulate)
 app.add_typer(log.app, name="log")
 app.command(name="replay", epilog=replay.EXAMPLE)(replay.replay)
