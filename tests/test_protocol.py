@@ -255,3 +255,21 @@ def test_a_board_without_any_memory_says_so(tmp_path):
     fleet.run()
     assert fleet.log.skipped() == 0
     assert fleet.log.count_events("estimate failed", "board-1") == 12
+
+
+def test_a_board_that_sends_no_numbers_is_named_and_left_out(tmp_path):
+    """NaN never gets past the decoder: the board is named, counts as silent, and is not asked any more."""
+    fleet = FleetInMemory(tmp_path, rounds=10, quorum=2, deadline_s=5.0)
+    liar = fleet.boards[0]
+    answer = liar.agent._answer
+
+    def lie(opened, number):
+        return replace(answer(opened, number), scalars=np.full(4, np.nan, np.float32))
+
+    liar.agent._answer = lie
+    fleet.run()
+    assert fleet.log.skipped() == 0
+    assert fleet.rounds.members[0].counted == 0
+    assert fleet.log.count_events("dropped", "board-0") >= 1
+    assert fleet.log.count_events("excluded", "board-0") >= 1
+    assert len(fleet.digests()) == 1
