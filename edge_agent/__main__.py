@@ -1,6 +1,7 @@
 """The agent process: options, the link, the samples, and the loop that feeds the state machine."""
 
 import argparse
+import io
 import json
 import logging
 import os
@@ -23,7 +24,7 @@ from edge_agent.heartbeat import Heartbeat
 from edge_agent.link import Connected, Disconnected, Link, Message, MqttLink
 from edge_agent.measure import measure
 from edge_agent.replay import Replica
-from edge_agent.state import load_replica, save_replica
+from edge_agent.state import load_replica, read_replica, save_replica
 from edge_agent.telemetry import read_telemetry
 from edge_agent.topics import Topics, is_name, shard_of
 from edge_agent.wire import Reply, RoundOpen, SliceRequest, encode
@@ -131,6 +132,7 @@ class _Process:
             fresh_replica=self.bundle.replica,
             estimate=self._estimate,
             peak_kib=lambda: int(peak_rss_mib() * 1024),
+            restore=self._restore,
         )
         self.forward: Forward | None = None
         self.forward_of: Replica | None = None
@@ -243,6 +245,15 @@ class _Process:
             except StateError as error:
                 _LOG.warning("%s; starting from the bundle", error)
         return self.bundle.replica()
+
+    def _restore(self, state: bytes) -> Replica | None:
+        return read_replica(
+            io.BytesIO(state),
+            self.bundle.replica(),
+            bundle_identity=self.bundle.identity,
+            run=self.options.run,
+            name="the snapshot",
+        )
 
     def _save(self, *, force: bool) -> None:
         due = force or time.monotonic() - self.saved_at >= self.options.save_every_s

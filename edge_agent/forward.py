@@ -5,6 +5,7 @@ vector, so that a perturbation needs no copy. Weights never become initializers,
 would reorder, fuse and bake in.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -43,13 +44,21 @@ class Forward:
         bundle: Whose graph it is.
         weights: Flat float32 vector; read at every call, never written and never copied.
         threads: Threads of ONNX Runtime.
+        others: Further inputs by name, such as gates: contiguous float32, read at every call.
 
     Raises:
         BundleError: The graph's inputs are not the manifest's tensors.
         ValueError: The vector has another size or is not contiguous.
     """
 
-    def __init__(self, bundle: Bundle, weights: NDArray[np.float32], *, threads: int = 1) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        weights: NDArray[np.float32],
+        *,
+        threads: int = 1,
+        others: Mapping[str, NDArray[np.float32]] | None = None,
+    ) -> None:
         if weights.shape != (bundle.size,) or weights.dtype != np.float32 or not weights.flags.c_contiguous:
             raise ValueError(
                 f"weights must be a contiguous float32 vector of {bundle.size}, got {weights.shape}"
@@ -57,7 +66,8 @@ class Forward:
         self._weights = weights
         self._session = open_session(bundle.graph_path, threads=threads)
         names = {node.name for node in self._session.get_inputs()}
-        expected = {"x", "y", *(tensor.name for tensor in bundle.tensors)}
+        self._others = dict(others or {})
+        expected = {"x", "y", *self._others, *(tensor.name for tensor in bundle.tensors)}
         if names != expected:
             raise BundleError(
                 f"the graph and the manifest differ in {', '.join(sorted(names ^ expected))}: "
@@ -67,6 +77,8 @@ class Forward:
         for tensor in bundle.tensors:
             pointer = weights.ctypes.data + 4 * tensor.offset
             self._binding.bind_input(tensor.name, "cpu", 0, np.float32, tensor.shape, pointer)
+        for name, array in self._others.items():
+            self._binding.bind_input(name, "cpu", 0, np.float32, array.shape, array.ctypes.data)
         self._batch_size = 0
         self._outputs: tuple[str, ...] = ()
         self._head_gradient: NDArray[np.float32] | None = None
@@ -102,6 +114,10 @@ class Forward:
         loss, correct, _ = self._run(x, y)
         return float(loss.numpy()), int(correct.numpy())
 
+    def logits(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the logits of a batch, (n, classes); the next call may overwrite them."""
+        return self._run(x, np.zeros(len(x), np.int64), ("logits",))[0].numpy()
+
     def _run(
         self,
         x: NDArray[np.float32],
@@ -118,6 +134,8 @@ class Forward:
         try:
             self._session.run_with_iobinding(self._binding, self._options)
         except Exception as error:  # its exceptions derive from no common class
+            if "allocate memory" in str(error) or "bad_alloc" in str(error):
+                raise MemoryError(f"a forward pass of {len(y)} samples: {error}") from error
             raise EstimateError(
                 f"a forward pass of {len(y)} samples failed: {error}",
                 hint="If memory ran out, set a smaller batch size or prune to a lower density.",

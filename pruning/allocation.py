@@ -80,6 +80,7 @@ def allocate(
     *,
     spend: Spend,
     budget: float,
+    unit: str = "",
     multiple: int = 4,
     tolerance: float = 0.01,
 ) -> Allocation:
@@ -90,6 +91,7 @@ def allocate(
         fractions: Fraction of units that each group would like to keep, > 0.
         spend: Cost of a net at given widths, in the unit of the budget.
         budget: The most that may be spent.
+        unit: What is spent, for messages.
         multiple: Round widths to multiples of it (and of the norm groups). Where no such widths come
             within ``tolerance`` under the budget, its halves are tried too, down to 1.
         tolerance: Relative gap under the budget at which the search ends.
@@ -103,7 +105,7 @@ def allocate(
     least = spend(structure.narrowest)
     if budget < least:
         raise ModelError(
-            f"the budget of {budget:,.0f} is below the narrowest net, which needs {least:,.0f}",
+            f"the budget of {budget:,.0f} {unit} is below the narrowest net, which needs {least:,.0f}",
             hint=f"Allow at least {math.ceil(least):,}, or choose a smaller model.",
         )
     if spend(structure.dense) <= budget:

@@ -23,7 +23,7 @@ from edge_agent.forward import open_session
 from profiles.errors import ModelError
 from pruning.weights import derive_seed
 
-__all__ = ["TOLERANCE", "Exported", "export_bundle", "export_graph"]
+__all__ = ["TOLERANCE", "Exported", "export_bundle", "export_graph", "write_exported"]
 
 TOLERANCE = 1e-5
 """Largest difference allowed between torch and ONNX Runtime, relative to the largest logit."""
@@ -171,7 +171,28 @@ def export_bundle(
     Raises:
         ModelError: See :func:`export_graph`.
     """
-    exported = export_graph(module, sample_shape=sample_shape, classes=classes)
+    return write_exported(
+        export_graph(module, sample_shape=sample_shape, classes=classes),
+        folder,
+        model=model,
+        sample_shape=sample_shape,
+        classes=classes,
+        pruning=pruning,
+        cost=cost,
+    )
+
+
+def write_exported(
+    exported: Exported,
+    folder: Path,
+    *,
+    model: str,
+    sample_shape: tuple[int, ...],
+    classes: int,
+    pruning: Mapping[str, Any],
+    cost: Callable[[bytes], Mapping[str, int]],
+) -> Bundle:
+    """Write a graph and its weights as a bundle; arguments as in :func:`export_bundle`."""
     tensors, size = flat_layout([(name, values.shape) for name, values in exported.weights.items()])
     flat = np.zeros(size, np.float32)
     for tensor in tensors:

@@ -8,42 +8,47 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["Masks", "Scorer", "densities_of", "keep_top", "ones_like", "schedule"]
+__all__ = ["Masks", "Scorer", "densities_of", "keep_top", "schedule"]
 
 Masks = dict[str, Tensor]
 """One float32 tensor of zeros and ones per prunable weight."""
 
 Scorer = Callable[[Masks, int], Mapping[str, Tensor]]
-
-
-def ones_like(weights: Mapping[str, Tensor]) -> Masks:
-    """Return masks that keep everything."""
-    return {name: torch.ones(weight.shape) for name, weight in weights.items()}
+"""Masks of the moment and step of the schedule in; a score per weight out, higher stays longer."""
 
 
 def keep_top(
-    scores: Mapping[str, Tensor], masks: Mapping[str, Tensor], density: float, *, per_layer: bool = False
+    scores: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor],
+    density: float,
+    *,
+    per_layer: bool = False,
+    costs: Mapping[str, float] | None = None,
 ) -> Masks:
-    """Keep the weights with the highest scores among those that still stand.
+    """Keep the weights with the highest scores, per unit of cost, among those that still stand.
 
     Args:
         scores: A score per weight, any sign, higher stays longer.
         masks: What stands now.
-        density: Fraction of *all* weights that stays, in (0, 1]; at least one weight stays.
+        density: Fraction of *all* weights that stays, in (0, 1], or of their cost; at least one stays.
         per_layer: Apply ``density`` to every tensor rather than to all of them together.
+        costs: What one weight of a tensor costs, > 0, such as its multiply-accumulates; 1 if None.
 
     Returns:
-        New masks with exactly round(density * size) ones, or fewer where fewer stood before. Among equal
+        New masks that cost at most ``density`` of everything, or less where less stood before. Among equal
         scores the earlier tensor and element stays, so that the result does not depend on the machine.
     """
     if per_layer:
         return {k: keep_top({k: scores[k]}, {k: masks[k]}, density)[k] for k in masks}
-    flat = torch.cat([scores[k].reshape(-1).double() for k in masks])
+    price = {k: 1.0 if costs is None else float(costs[k]) for k in masks}
+    worth = torch.cat([scores[k].reshape(-1).double() / price[k] for k in masks])
     standing = torch.cat([masks[k].reshape(-1) for k in masks]) > 0
-    count = min(max(1, round(density * flat.numel())), int(standing.sum()))
-    order = torch.sort(torch.where(standing, flat, -torch.inf), descending=True, stable=True).indices
-    kept = torch.zeros(flat.numel())
-    kept[order[:count]] = 1.0
+    prices = torch.cat([torch.full((masks[k].numel(),), price[k], dtype=torch.float64) for k in masks])
+    order = torch.sort(torch.where(standing, worth, -torch.inf), descending=True, stable=True).indices
+    allowed = density * float(prices.sum()) + 0.5 * min(price.values())
+    count = max(1, int((torch.cumsum(prices[order], 0) <= allowed).sum()))
+    kept = torch.zeros(worth.numel())
+    kept[order[: min(count, int(standing.sum()))]] = 1.0
     pieces = torch.split(kept, [mask.numel() for mask in masks.values()])
     return {k: piece.reshape(masks[k].shape) for k, piece in zip(masks, pieces, strict=True)}
 
@@ -55,6 +60,7 @@ def schedule(
     *,
     steps: int = 20,
     per_layer: bool = False,
+    costs: Mapping[str, float] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Masks:
     """Thin the masks in ``steps`` to ``density``, scoring anew before each cut.
@@ -68,13 +74,14 @@ def schedule(
         density: Fraction of all weights that stays at the end, in (0, 1].
         steps: T, at least 1.
         per_layer: See :func:`keep_top`.
+        costs: See :func:`keep_top`.
         progress: Called with the steps done and ``steps``.
     """
     if not 0 < density <= 1 or steps < 1:
         raise ValueError(f"density must be in (0, 1] and steps >= 1, got {density=} and {steps=}")
     for step in range(steps):
         scores = score(masks, step)
-        masks = keep_top(scores, masks, density ** ((step + 1) / steps), per_layer=per_layer)
+        masks = keep_top(scores, masks, density ** ((step + 1) / steps), per_layer=per_layer, costs=costs)
         if progress is not None:
             progress(step + 1, steps)
     return masks

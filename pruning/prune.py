@@ -11,20 +11,46 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from edge_agent.bundle import Bundle
 from profiles.errors import ModelError
-from pruning.allocation import allocate, fractions_from_densities
+from pruning.allocation import Spend, allocate, fractions_from_densities
+from pruning.baselines import ALL_SCORES, ONE_SHOT
 from pruning.export import export_bundle, export_graph
-from pruning.masks import densities_of, schedule
+from pruning.masks import Masks, densities_of, schedule
 from pruning.models import Net, build_model, choose_model, model_structure
-from pruning.saliency import SCORES, make_probe
+from pruning.saliency import Probe, make_probe
+from pruning.structure import Structure
+from pruning.weights import derive_seed
 
-__all__ = ["METHODS", "Pruned", "prune_model", "write_pruned"]
+__all__ = ["METHODS", "Allowance", "Pruned", "find_masks", "prune_model", "write_pruned"]
 
-METHODS = ("none", "uniform", *SCORES)
+METHODS = ("none", "uniform", *ALL_SCORES)
 """Names of all methods: no pruning, one factor for all widths, and every saliency."""
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """What a narrow net may cost.
+
+    Attributes:
+        unit: ``params``, ``macs`` (of one sample's forward), or what ``spend`` counts.
+        amount: The most that may be spent.
+        spend: Cost of a net at given widths; follows from the unit where it is ``params`` or ``macs``.
+        tolerance: Relative gap under the amount that counts as met.
+    """
+
+    unit: str
+    amount: float
+    spend: Spend | None = None
+    tolerance: float = 0.01
+
+    def __post_init__(self) -> None:
+        if (self.spend is None) != (self.unit in ("params", "macs")):
+            raise ValueError(f"an allowance of {self.unit!r} and spend={self.spend} do not go together")
 
 
 @dataclass(frozen=True)
@@ -35,7 +61,7 @@ class Pruned:
         module: The narrow net, in evaluation mode.
         model: Its name, never ``auto``.
         method: One of METHODS.
-        density: Fraction of the parameters that was asked to stay.
+        density: Fraction of the parameters that was asked to stay; with another allowance, that did stay.
         seed: Names the saliency's draws and the fresh weights.
         widths_dense: Units per group before.
         widths: Units per group after.
@@ -71,11 +97,13 @@ def prune_model(
     classes: int,
     method: str = "ntk",
     density: float = 0.5,
+    allowance: Allowance | None = None,
     draws: int = 5,
     schedule_steps: int = 20,
     seed: int = 0,
     hidden: Sequence[int] | None = None,
     standardise: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None,
+    labelled: tuple[NDArray[np.float32], NDArray[np.int64]] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Pruned:
     """Return a reference net that keeps ``density`` of its parameters, as narrower layers.
@@ -85,54 +113,61 @@ def prune_model(
         sample_shape: (features,) or (channels, height, width).
         classes: Number of classes.
         method: One of METHODS.
-        density: Fraction of the parameters that stays, in (0, 1].
+        density: Fraction of the parameters that stays, in (0, 1]; not used where there is an allowance.
+        allowance: What the narrow net may cost; ``density`` of the parameters if None. Under one of
+            ``macs`` the saliency of a weight counts per multiply-accumulate.
         draws: Independent draws per step of the schedule.
         schedule_steps: Cuts until the density is reached.
         seed: Names all draws and the fresh weights.
         hidden: Dense widths of the hidden layers of ``mlp``.
         standardise: Offset and scale of the net's first layer, see
             :func:`pruning.models.standardisation`; the identity if None.
+        labelled: Raw inputs and labels for ``snip`` and ``grasp``.
         progress: Called with the cuts done and all cuts.
 
     Raises:
-        ModelError: The density is outside (0, 1] or below the narrowest net (the message has the minimum),
-            or the net cannot be built for this input or output.
+        ModelError: The density is outside (0, 1], the allowance is below the narrowest net (the message has
+            the minimum), the method needs labelled samples, or the net cannot be built for this input or
+            output.
     """
     if method not in METHODS:
         raise ModelError(
             f"pruning method {method!r} is unknown", hint=f"Known methods: {', '.join(METHODS)}."
         )
-    if not 0 < density <= 1:
-        raise ModelError(
-            f"density = {density} is outside (0, 1]", hint="Density is the fraction of parameters that stays."
-        )
     name = choose_model(name, sample_shape=sample_shape)
     structure = model_structure(name, sample_shape=sample_shape, classes=classes, hidden=hidden)
-    total = structure.params(structure.dense)
-    least = structure.params(structure.narrowest)
-    if density * total < least:
-        raise ModelError(
-            f"density = {density} leaves {density * total:,.0f} of {total:,} parameters; the narrowest "
-            f"`{name}` has {least:,}",
-            hint=f"Choose a density of at least {math.ceil(least / total * 1e4) / 1e4}, or a smaller model.",
-        )
+    allowed = _allowance_of_density(structure, name, density) if allowance is None else allowance
+    spend = allowed.spend or getattr(structure, allowed.unit)
     densities: dict[str, float] = {}
-    fractions = dict.fromkeys(structure.dense, 1.0)
-    if method in SCORES and density < 1:
-        dense = build_model(name, sample_shape=sample_shape, classes=classes, hidden=hidden, seed=seed)
-        probe = make_probe(dense, sample_shape=sample_shape, draws=draws, seed=seed)
-        masks = schedule(
-            lambda masks, step: SCORES[method](probe, masks, step),
-            probe.masks(),
-            density,
-            steps=schedule_steps,
-            progress=progress,
-        )
-        densities = densities_of(masks)
-        fractions = fractions_from_densities(structure, densities)
     widths = structure.dense
-    if method != "none":
-        widths = allocate(structure, fractions, spend=structure.params, budget=density * total).widths
+    if method != "none" and spend(widths) > allowed.amount:
+        fractions = dict.fromkeys(widths, 1.0)
+        widths = _allocate(structure, fractions, spend, allowed)
+        if method == "random":
+            fractions = _random_fractions(structure, seed)
+        elif method != "uniform":
+            unit = "macs" if allowed.unit == "macs" else "params"
+            whole = getattr(structure, unit)
+            probe = make_probe(
+                build_model(name, sample_shape=sample_shape, classes=classes, hidden=hidden, seed=seed),
+                sample_shape=sample_shape,
+                draws=draws,
+                seed=seed,
+                labelled=None if labelled is None else _standardised(labelled, standardise, classes),
+            )
+            masks = find_masks(
+                probe,
+                method=method,
+                density=whole(widths) / whole(structure.dense),
+                steps=schedule_steps,
+                costs={t.name: t.positions for t in structure.layers} if unit == "macs" else None,
+                progress=progress,
+            )
+            densities = densities_of(masks)
+            fractions = fractions_from_densities(structure, densities)
+        if method != "uniform":
+            widths = _allocate(structure, fractions, spend, allowed)
+    total = structure.params(structure.dense)
     module = build_model(
         name,
         sample_shape=sample_shape,
@@ -146,7 +181,7 @@ def prune_model(
         module=module,
         model=name,
         method=method,
-        density=density if method != "none" else 1.0,
+        density=density if allowance is None and method != "none" else structure.params(widths) / total,
         seed=seed,
         widths_dense=structure.dense,
         widths=widths,
@@ -155,6 +190,35 @@ def prune_model(
         macs_dense=structure.macs(structure.dense),
         macs=structure.macs(widths),
         densities=densities,
+    )
+
+
+def find_masks(
+    probe: Probe,
+    *,
+    method: str,
+    density: float,
+    steps: int = 20,
+    costs: Mapping[str, float] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Masks:
+    """Return masks that keep ``density`` of a probe's prunable weights by the scores of a method.
+
+    Args:
+        probe: The net and its draws.
+        method: One of :data:`pruning.baselines.ALL_SCORES`.
+        density: Fraction that stays, in (0, 1], of the weights or of their cost.
+        steps: Cuts of the schedule, for methods that follow one.
+        costs: What a weight of each layer costs; 1 if None.
+        progress: Called with the cuts done and all cuts.
+    """
+    return schedule(
+        lambda masks, step: ALL_SCORES[method](probe, masks, step),
+        probe.masks(),
+        density,
+        steps=1 if method in ONE_SHOT else steps,
+        costs=costs,
+        progress=progress,
     )
 
 
@@ -186,4 +250,58 @@ def write_pruned(pruned: Pruned, folder: Path, *, cost: Callable[[bytes], Mappin
         classes=net.classes,
         pruning={**pruned.summary(), **before},
         cost=cost,
+    )
+
+
+def _allowance_of_density(structure: Structure, name: str, density: float) -> Allowance:
+    if not 0 < density <= 1:
+        raise ModelError(
+            f"density = {density} is outside (0, 1]", hint="Density is the fraction of parameters that stays."
+        )
+    total = structure.params(structure.dense)
+    least = structure.params(structure.narrowest)
+    if density * total < least:
+        raise ModelError(
+            f"density = {density} leaves {density * total:,.0f} of {total:,} parameters; the narrowest "
+            f"`{name}` has {least:,}",
+            hint=f"Choose a density of at least {math.ceil(least / total * 1e4) / 1e4}, or a smaller model.",
+        )
+    return Allowance("params", density * total)
+
+
+def _allocate(
+    structure: Structure, fractions: Mapping[str, float], spend: Spend, allowance: Allowance
+) -> dict[str, int]:
+    found = allocate(
+        structure,
+        fractions,
+        spend=spend,
+        budget=allowance.amount,
+        unit=allowance.unit,
+        tolerance=allowance.tolerance,
+    )
+    return found.widths
+
+
+def _random_fractions(structure: Structure, seed: int) -> dict[str, float]:
+    draw = np.random.default_rng(derive_seed("widths", seed))
+    return {group.name: float(draw.uniform(0.1, 1.0)) for group in structure.groups}
+
+
+def _standardised(
+    labelled: tuple[NDArray[np.float32], NDArray[np.int64]],
+    standardise: tuple[NDArray[np.float32], NDArray[np.float32]] | None,
+    classes: int,
+) -> tuple[Tensor, Tensor]:
+    inputs, labels = labelled
+    if len(labels) != len(inputs) or len(labels) == 0 or labels.min() < 0 or labels.max() >= classes:
+        raise ModelError(
+            f"{len(inputs)} inputs and {len(labels)} labels do not make samples of {classes} classes",
+            hint="Give one label from 0 to classes - 1 per input.",
+        )
+    if standardise is not None:
+        offset, scale = (np.reshape(v, (-1, *(1,) * (inputs.ndim - 2))) for v in standardise)
+        inputs = (inputs - offset) * scale
+    return torch.from_numpy(np.ascontiguousarray(inputs, np.float32)), torch.from_numpy(
+        labels.astype(np.int64)
     )

@@ -7,7 +7,7 @@ Every score is the derivative of a scalar by the *mask* m that multiplies the we
 summed over a channel is the score of the channel (:func:`group_scores`).
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +28,7 @@ __all__ = [
     "ntk_draw",
     "ntk_sap",
     "output_layer",
+    "sum_draws",
 ]
 
 
@@ -45,6 +46,7 @@ class Probe:
         batch: Gaussian inputs per draw.
         epsilon: Standard deviation of the weights' perturbation in NTK-SAP.
         seed: Names all draws.
+        labelled: Inputs and labels, for the scores that look at data.
     """
 
     module: nn.Module
@@ -55,6 +57,7 @@ class Probe:
     batch: int = 32
     epsilon: float = 0.01
     seed: int = 0
+    labelled: tuple[Tensor, Tensor] | None = None
 
     def masks(self) -> Masks:
         """Return masks that keep everything."""
@@ -75,6 +78,7 @@ def make_probe(
     batch: int = 32,
     epsilon: float = 0.01,
     seed: int = 0,
+    labelled: tuple[Tensor, Tensor] | None = None,
 ) -> Probe:
     """Return a probe of all weights of linear layers and convolutions.
 
@@ -86,6 +90,7 @@ def make_probe(
         batch: Inputs per draw, at least 1.
         epsilon: See :class:`Probe`.
         seed: See :class:`Probe`.
+        labelled: See :class:`Probe`; as the net takes them, hence standardised where ``module`` is not.
 
     Raises:
         ModelError: The net holds nothing that could be pruned.
@@ -107,7 +112,7 @@ def make_probe(
             hint="Give a net with at least one linear layer or convolution before its output.",
         )
     kept = tuple(name for name in weights if name == last)
-    return Probe(module, prunable, kept, tuple(sample_shape), draws, batch, epsilon, seed)
+    return Probe(module, prunable, kept, tuple(sample_shape), draws, batch, epsilon, seed, labelled)
 
 
 def output_layer(module: nn.Module, *, sample_shape: tuple[int, ...]) -> str | None:
@@ -138,10 +143,15 @@ def ntk_sap(probe: Probe, masks: Mapping[str, Tensor], step: int = 0) -> dict[st
     Source: Wang et al., "NTK-SAP: Improving neural network pruning by aligning training dynamics",
     ICLR 2023, equation 10 and algorithm 1.
     """
-    total = {name: torch.zeros_like(mask, dtype=torch.float64) for name, mask in masks.items()}
-    for draw in range(probe.draws):
-        for name, gradient in ntk_draw(probe, masks, step, draw)[1].items():
-            total[name] += gradient
+    return sum_draws(ntk_draw(probe, masks, step, draw)[1] for draw in range(probe.draws))
+
+
+def sum_draws(draws: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the absolute value of the sum of signed gradients, in float64 and in the order given."""
+    total: dict[str, Tensor] = {}
+    for draw in draws:
+        for name, gradient in draw.items():
+            total[name] = gradient.double() + total[name] if name in total else gradient.double()
     return {name: value.abs() for name, value in total.items()}
 
 
@@ -238,11 +248,6 @@ def _forward(
         return output
 
     return forward
-
-
-def _draws(probe: Probe, method: str, step: int) -> Iterator[int]:
-    for draw in range(probe.draws):
-        yield derive_seed(method, probe.seed, step, draw)
 
 
 SCORES: dict[str, Score] = {"ntk": ntk_sap}

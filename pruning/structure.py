@@ -10,14 +10,14 @@ all of that for every block of the stage.
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from profiles.errors import ModelError
 
-__all__ = ["Axis", "Structure", "TensorShape", "WidthGroup", "infer_structure"]
+__all__ = ["Axis", "Structure", "TensorShape", "WidthGroup", "infer_structure", "positions_of"]
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,18 @@ class Structure:
         """Return the multiply-accumulates of one sample's forward at ``widths``."""
         return sum(tensor.positions * tensor.size(widths) for tensor in self.tensors)
 
+    def at(self, widths: Mapping[str, int]) -> "Structure":
+        """Return the structure of the net as it is at ``widths``: these become the dense ones.
+
+        Raises:
+            ModelError: See :meth:`check`.
+        """
+        self.check(widths)
+        groups = (
+            replace(g, width=widths[g.name], minimum=min(g.minimum, widths[g.name])) for g in self.groups
+        )
+        return Structure(tuple(groups), self.tensors)
+
     def check(self, widths: Mapping[str, int]) -> None:
         """Raise ModelError unless ``widths`` names every group with a legal width.
 
@@ -161,12 +173,12 @@ def infer_structure(
                     if rest or old != block * group.width or isinstance(axes[name][axis], Axis):
                         raise ValueError(f"axis {axis} of {name} does not follow {group.name} alone")
                     axes[name][axis] = Axis(group.name, block)
-        positions = _positions(net, torch.empty(1, *sample_shape))
+        positions = positions_of(net, torch.empty(1, *sample_shape))
     tensors = tuple(TensorShape(name, tuple(a), positions.get(name, 0)) for name, a in axes.items())
     return Structure(groups, tensors)
 
 
-def _positions(net: nn.Module, inputs: torch.Tensor) -> dict[str, int]:
+def positions_of(net: nn.Module, inputs: torch.Tensor) -> dict[str, int]:
     """Return how often one sample's forward uses each element of each convolution's or linear weight."""
     found: dict[str, int] = {}
     handles = []

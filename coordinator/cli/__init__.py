@@ -9,7 +9,19 @@ from typing import Annotated
 
 import typer
 
-from coordinator.cli import devices, doctor, flash, log, profile, replay, report, simulate, testbed
+from coordinator.cli import (
+    devices,
+    doctor,
+    fit,
+    flash,
+    log,
+    profile,
+    replay,
+    report,
+    simulate,
+    swarm,
+    testbed,
+)
 from profiles.errors import ScalarfedError
 
 __all__ = ["app", "main"]
@@ -35,6 +47,8 @@ app.add_typer(log.app, name="log")
 app.command(name="replay", epilog=replay.EXAMPLE)(replay.replay)
 app.command(name="report", epilog=report.EXAMPLE)(report.report)
 app.add_typer(profile.app, name="profile")
+app.command(name="fit", epilog=fit.EXAMPLE)(fit.fit)
+app.command(name="swarm", epilog=swarm.EXAMPLE)(swarm.swarm)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,0 +1,169 @@
+"""Tests of pruning.export: the graph's contract, and its agreement with torch."""
+
+import hashlib
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from torch import nn
+
+from edge_agent.bundle import read_bundle
+from edge_agent.forward import Forward
+from profiles.errors import ModelError
+from pruning.export import TOLERANCE, export_graph
+from pruning.models import build_model, standardisation
+from pruning.prune import prune_model, write_pruned
+
+NETS = {
+    "mlp": (64,),
+    "lenet": (1, 28, 28),
+    "resnet20": (3, 16, 16),
+    "wrn10_2": (3, 16, 16),
+    "dscnn": (1, 49, 10),
+}
+
+
+def free(graph):
+    """Stand in for a reader of costs: the file's length."""
+    return {"forward_flops": len(graph)}
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_graph_keeps_the_contract(name):
+    """Inputs are x, y and every parameter, outputs loss, correct, logits; no weight is an initializer."""
+    net = build_model(name, sample_shape=NETS[name], classes=10)
+    graph = onnx.load_model_from_string(export_graph(net, sample_shape=NETS[name], classes=10).graph).graph
+    names = [k for k, _ in net.named_parameters()]
+
+    assert [i.name for i in graph.input] == ["x", "y", *names]
+    assert [o.name for o in graph.output] == ["loss", "correct", "logits"]
+    constants = {i.name: int(np.prod(i.dims)) for i in graph.initializer}
+    assert not set(constants) & set(names)
+    assert max(constants.values()) <= max(64, 2 * NETS[name][0])  # standardisation and shapes only
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_bundle_computes_what_torch_computes(name, tmp_path):
+    """Loss, correct answers and logits of the written bundle equal torch's, at raw inputs, for any batch."""
+    shape = NETS[name]
+    raw = np.random.default_rng(1).normal(40, 9, (13, *shape)).astype(np.float32)
+    pruned = prune_model(
+        name, sample_shape=shape, classes=10, method="uniform", density=0.4, standardise=standardisation(raw)
+    )
+    bundle = write_pruned(pruned, tmp_path / "bundle", cost=free)
+    weights = bundle.replica().weights
+    with torch.no_grad():  # the bundle's weights lie on a grid
+        for tensor, parameter in zip(bundle.tensors, pruned.module.parameters(), strict=True):
+            piece = weights[tensor.offset : tensor.offset + tensor.size].reshape(tensor.shape)
+            assert np.abs(parameter.numpy() - piece).max() < 1e-6
+            parameter.copy_(torch.from_numpy(piece.copy()))
+    y = np.arange(13) % 10
+    for n in (1, 5, 13):
+        logits = pruned.module(torch.from_numpy(raw[:n])).detach()
+        loss, correct = Forward(bundle, weights).evaluate(raw[:n], y[:n])
+        expected = float(nn.functional.cross_entropy(logits, torch.from_numpy(y[:n])))
+        assert loss == pytest.approx(expected, abs=TOLERANCE * max(1, float(logits.abs().max())))
+        assert correct == int((logits.argmax(1).numpy() == y[:n]).sum())
+
+
+def test_manifest_tells_both_sizes(tmp_path):
+    """The manifest names method, density and the cost of the dense net beside that of the narrow one."""
+    pruned = prune_model("lenet", sample_shape=(1, 14, 14), classes=10, method="uniform", density=0.3)
+    write_pruned(pruned, tmp_path, cost=free)
+    bundle = read_bundle(tmp_path)
+
+    assert bundle.model == "lenet"
+    assert bundle.params == pruned.params == bundle.pruning["params"]
+    assert bundle.pruning["method"] == "uniform"
+    assert bundle.pruning["params_dense"] == pruned.params_dense > bundle.params
+    assert bundle.pruning["forward_flops_dense"] > 0
+
+
+def test_equal_tensors_are_not_merged():
+    """Two norms whose weights are all ones stay two inputs, each with its own influence."""
+    net = nn.Sequential(
+        nn.Linear(4, 8), nn.LayerNorm(8), nn.Hardswish(), nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 3)
+    )
+    exported = export_graph(net, sample_shape=(4,), classes=3)
+    assert list(exported.weights) == [name for name, _ in net.named_parameters()]
+    session = ort.InferenceSession(exported.graph, providers=["CPUExecutionProvider"])
+    feeds = {"x": np.ones((2, 4), np.float32), "y": np.zeros(2, np.int64)}
+    base = session.run(["loss"], {**feeds, **exported.weights})[0]
+    moved = {
+        k: session.run(["loss"], {**feeds, **exported.weights, k: exported.weights[k] + 1})[0]
+        for k in ("1.bias", "4.bias")
+    }
+    assert base != moved["1.bias"] != moved["4.bias"] != base
+
+
+def test_bytes_are_the_same_in_another_process():
+    """The same net exported in two fresh processes is the same file."""
+    code = (
+        "import hashlib; from pruning.models import build_model; from pruning.export import export_graph;"
+        "net = build_model('lenet', sample_shape=(1, 8, 8), classes=3, seed=1);"
+        "print(hashlib.sha256(export_graph(net, sample_shape=(1, 8, 8), classes=3).graph).hexdigest())"
+    )
+    runs = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        for _ in range(2)
+    ]
+    net = build_model("lenet", sample_shape=(1, 8, 8), classes=3, seed=2)
+    here = hashlib.sha256(export_graph(net, sample_shape=(1, 8, 8), classes=3).graph).hexdigest()
+    assert {run.stdout.strip() for run in runs} == {here}  # and the seed is not in the graph
+
+
+def test_export_leaves_the_net_alone():
+    """Values and training mode of the exported module stay as they were."""
+    net = build_model("mlp", sample_shape=(6,), classes=3)
+    net.train()
+    before = [p.clone() for p in net.parameters()]
+    export_graph(net, sample_shape=(6,), classes=3)
+    assert net.training
+    assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+
+
+class Sloppy(nn.Module):
+    """A net with one fault, by name."""
+
+    def __init__(self, fault):
+        super().__init__()
+        self.fault = fault
+        self.body = nn.Linear(4, 3)
+        self.spare = nn.Parameter(torch.ones(5))
+
+    def forward(self, x):
+        """Run the body, with the fault."""
+        out = self.body(x)
+        if self.fault == "no influence":
+            return out + 0.0 * self.spare.sum()
+        if self.fault == "batch":
+            return out + self.spare.sum() * x.detach().clone().numpy().shape[0]
+        if self.fault == "state":
+            return out + self.spare.sum() + torch.rand(1)
+        return out
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("unused", "does not read spare"),
+        ("no influence", "does not depend on spare"),
+        ("batch", "differ by"),
+        ("state", "differ by"),
+    ],
+)
+def test_nets_that_the_graph_cannot_follow_are_refused(fault, message):
+    """A dead parameter is named; a graph that disagrees with torch gives the difference."""
+    with pytest.raises(ModelError, match=message):
+        export_graph(Sloppy(fault), sample_shape=(4,), classes=3)
+
+
+def test_frozen_parameters_become_constants():
+    """A parameter that needs no gradient is no input."""
+    net = Sloppy("frozen")
+    net.spare.requires_grad_(False)
+    assert list(export_graph(net, sample_shape=(4,), classes=3).weights) == ["body.weight", "body.bias"]
