@@ -160,7 +160,9 @@ def image(
 
     Needs no root and mounts nothing.
     """
+    from coordinator.flash.card import look
     from coordinator.flash.image import copy_image
+    from coordinator.flash.payload import Target
     from coordinator.flash.plan import make_plan, wifi_of
     from coordinator.flash.settings import expand_names
     from coordinator.flash.volume import boot_volume_of_image
@@ -176,6 +178,9 @@ def image(
         replace=replace,
     )
     wifi = wifi_of(wifi_ssid, wifi_country)
+    if source.suffix != ".xz":  # a packed one must be unpacked before it can be looked at
+        with boot_volume_of_image(source, writable=False) as fresh:
+            Target(python or look(fresh, forced=format_, again=again).python)
     if len(plans) > 1:
         out.mkdir(parents=True, exist_ok=True)
     for plan in plans:
