@@ -109,10 +109,10 @@ def card(
 
     Every line is ticked only after what was written has been read back.
     """
-    from coordinator.flash.plan import make_plan, next_free, wifi_of
+    from coordinator.flash.plan import make_plan, next_free, only_card, wifi_of
     from coordinator.flash.volume import FolderVolume
 
-    place = path or _only_card()
+    place = path or only_card()
     (plan,) = make_plan(
         next_free(name) if name != replace else [name],
         broker=broker,
@@ -426,20 +426,6 @@ def _volume(place: Path, *, writable: bool) -> "Iterator[BootVolume]":
             yield volume
     else:
         yield FolderVolume(place)
-
-
-def _only_card() -> Path:
-    from coordinator.flash.plan import mounted_cards
-    from profiles.errors import FlashError
-
-    found = mounted_cards()
-    if len(found) != 1:
-        names = ", ".join(str(place) for place in found) or "none"
-        raise FlashError(
-            f"which card? {len(found)} boot partitions are mounted: {names}",
-            hint="Write a card with Raspberry Pi Imager, put it in again, and name where it is mounted.",
-        )
-    return found[0]
 
 
 def _is_at(name: str, where: str) -> bool:
