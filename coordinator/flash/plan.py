@@ -28,7 +28,6 @@ __all__ = [
 ]
 
 _ON_BOARD = "board:"
-_GENERIC = {"aarch64": "generic-arm64", "x86_64": "generic-x86-64"}
 
 
 @dataclass(frozen=True)
