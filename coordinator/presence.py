@@ -4,14 +4,15 @@ Knows topics and status messages, not how a board was flashed (``boards``) nor w
 says (``doctor``).
 """
 
-import json
+import contextlib
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from coordinator.status import read_status
 from edge_agent.link import Connected, Disconnected, Message, MqttLink
 from edge_agent.topics import Topics
-from profiles.errors import BrokerError
+from profiles.errors import BrokerError, WireError
 
 __all__ = ["await_status", "statuses"]
 
@@ -83,20 +84,14 @@ def _listen(
                 raise BrokerError(f"the broker {broker} cannot be reached: {event.reason}")
             elif isinstance(event, Message):
                 heard_at = time.monotonic()
-                status = _parsed(event.payload)
-                if status is not None and take(status):
-                    return
+                with contextlib.suppress(
+                    WireError
+                ):  # anybody may write there; what is malformed tells nothing
+                    if take({**read_status(event.payload), "name": event.topic.rpartition("/")[2]}):
+                        return
             elif connected and time.monotonic() - heard_at > quiet_s:
                 return
     finally:
         link.close()
     if not connected:
         raise BrokerError(f"the broker {broker} did not answer within {within_s:g} s")
-
-
-def _parsed(payload: bytes) -> dict[str, Any] | None:
-    try:
-        status = json.loads(payload)
-    except ValueError:
-        return None
-    return status if isinstance(status, dict) and isinstance(status.get("name"), str) else None

@@ -273,6 +273,7 @@ class _Process:
     def _publish_status(self, link: Link) -> None:
         self.status_at = time.monotonic()
         traffic = link.traffic
+        telemetry = read_telemetry(disk=self.options.state)
         status = {
             "name": self.options.name,
             "state": self.state,
@@ -293,7 +294,8 @@ class _Process:
             "forwards": self.agent.forwards,
             "dropped": dict(self.agent.dropped),
             "traffic": vars(traffic).copy(),
-            "telemetry": read_telemetry(disk=self.options.state),
+            "temperature_c": telemetry.get("temperature_c"),
+            "telemetry": telemetry,
         }
         link.publish(self.topics.status(self.options.name), json.dumps(status).encode(), retain=True)
 

@@ -178,7 +178,7 @@ def _stay_safe(settings: Mapping[str, Any], counter: StartCounter, state: Path) 
     _LOG.warning("safe mode after %d starts without joining: %s", starts - 1, last_words or "no last words")
     name = str(settings["name"])
     topics = Topics(str(settings.get("namespace") or "scalarfed"), str(settings["run"]))
-    told = {"name": name, "state": "safe mode", "starts": starts, "last_words": last_words}
+    told = {"name": name, "state": "safe mode", "starts": starts, "last_words": _printable(last_words)}
     will = json.dumps({"name": name, "state": "offline"}).encode()
     heart = Heartbeat()
     link = MqttLink(
@@ -201,6 +201,11 @@ def _stay_safe(settings: Mapping[str, Any], counter: StartCounter, state: Path) 
         link.close()
     counter.joined()  # what failed may be mended meanwhile: five more tries
     return 0
+
+
+def _printable(text: str) -> str:
+    """Return the end of a text as a status may carry it."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)[-200:]
 
 
 if __name__ == "__main__":

@@ -109,10 +109,10 @@ def card(
 
     Every line is ticked only after what was written has been read back.
     """
-    from coordinator.flash.plan import make_plan, next_free, wifi_of
+    from coordinator.flash.plan import make_plan, next_free, only_card, wifi_of
     from coordinator.flash.volume import FolderVolume
 
-    place = path or _only_card()
+    place = path or only_card()
     (plan,) = make_plan(
         next_free(name) if name != replace else [name],
         broker=broker,
@@ -160,7 +160,9 @@ def image(
 
     Needs no root and mounts nothing.
     """
+    from coordinator.flash.card import look
     from coordinator.flash.image import copy_image
+    from coordinator.flash.payload import Target
     from coordinator.flash.plan import make_plan, wifi_of
     from coordinator.flash.settings import expand_names
     from coordinator.flash.volume import boot_volume_of_image
@@ -176,6 +178,9 @@ def image(
         replace=replace,
     )
     wifi = wifi_of(wifi_ssid, wifi_country)
+    if source.suffix != ".xz":  # a packed one must be unpacked before it can be looked at
+        with boot_volume_of_image(source, writable=False) as fresh:
+            Target(python or look(fresh, forced=format_, again=again).python)
     if len(plans) > 1:
         out.mkdir(parents=True, exist_ok=True)
     for plan in plans:
@@ -421,20 +426,6 @@ def _volume(place: Path, *, writable: bool) -> "Iterator[BootVolume]":
             yield volume
     else:
         yield FolderVolume(place)
-
-
-def _only_card() -> Path:
-    from coordinator.flash.plan import mounted_cards
-    from profiles.errors import FlashError
-
-    found = mounted_cards()
-    if len(found) != 1:
-        names = ", ".join(str(place) for place in found) or "none"
-        raise FlashError(
-            f"which card? {len(found)} boot partitions are mounted: {names}",
-            hint="Write a card with Raspberry Pi Imager, put it in again, and name where it is mounted.",
-        )
-    return found[0]
 
 
 def _is_at(name: str, where: str) -> bool:

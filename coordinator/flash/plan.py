@@ -16,10 +16,18 @@ from coordinator.flash.settings import Credentials, Settings, Wifi, check_addres
 from profiles.device import load_profile
 from profiles.errors import FlashError
 
-__all__ = ["Plan", "make_plan", "mounted_cards", "next_free", "record", "run_of_bundle", "wifi_of"]
+__all__ = [
+    "Plan",
+    "make_plan",
+    "mounted_cards",
+    "next_free",
+    "only_card",
+    "record",
+    "run_of_bundle",
+    "wifi_of",
+]
 
 _ON_BOARD = "board:"
-_GENERIC = {"aarch64": "generic-arm64", "x86_64": "generic-x86-64"}
 
 
 @dataclass(frozen=True)
@@ -145,6 +153,22 @@ def mounted_cards() -> list[Path]:
     if os.name == "nt":
         places = [Path(f"{letter}:/") for letter in string.ascii_uppercase[3:]]
     return [place for place in places if (place / "cmdline.txt").is_file() or (place / "user-data").is_file()]
+
+
+def only_card() -> Path:
+    """Return the one mounted card.
+
+    Raises:
+        FlashError: There is none, or more than one.
+    """
+    found = mounted_cards()
+    if len(found) != 1:
+        names = ", ".join(str(place) for place in found) or "none"
+        raise FlashError(
+            f"which card? {len(found)} boot partitions are mounted: {names}",
+            hint="Write a card with Raspberry Pi Imager, put it in again, and name where it is mounted.",
+        )
+    return found[0]
 
 
 _FAT_NAMES = ("vfat", "msdos", "fat32", "exfat")
