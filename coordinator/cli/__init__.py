@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from coordinator.cli import log, profile, replay, report, simulate, testbed
+from coordinator.cli import log, profile, prune, replay, report, simulate, testbed
 from profiles.errors import ScalarfedError
 
 __all__ = ["app", "main"]
@@ -31,6 +31,7 @@ app.command(name="simulate", epilog=simulate.EXAMPLE)(simulate.simulate)
 app.add_typer(log.app, name="log")
 app.command(name="replay", epilog=replay.EXAMPLE)(replay.replay)
 app.command(name="report", epilog=report.EXAMPLE)(report.report)
+app.command(name="prune", epilog=prune.EXAMPLE)(prune.prune)
 app.add_typer(profile.app, name="profile")
 
 
