@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+<<<<<<< HEAD
 from coordinator.cli import (
     devices,
     doctor,
@@ -22,6 +23,9 @@ from coordinator.cli import (
     swarm,
     testbed,
 )
+=======
+from coordinator.cli import log, profile, prune, replay, report, simulate, testbed
+>>>>>>> pruning
 from profiles.errors import ScalarfedError
 
 __all__ = ["app", "main"]
@@ -46,6 +50,7 @@ app.command(name="simulate", epilog=simulate.EXAMPLE)(simulate.simulate)
 app.add_typer(log.app, name="log")
 app.command(name="replay", epilog=replay.EXAMPLE)(replay.replay)
 app.command(name="report", epilog=report.EXAMPLE)(report.report)
+app.command(name="prune", epilog=prune.EXAMPLE)(prune.prune)
 app.add_typer(profile.app, name="profile")
 app.command(name="fit", epilog=fit.EXAMPLE)(fit.fit)
 app.command(name="swarm", epilog=swarm.EXAMPLE)(swarm.swarm)
