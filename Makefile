@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 EXPERIMENT := examples/digits.toml
 DEMO := runs/demo
+BOARD := build/board
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow chaos lint format tree figures clean
+.PHONY: help demo test slow board-test chaos lint format tree figures clean
 
 help:  ## list what make can do here
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -24,6 +25,10 @@ test: $(READY)  ## run the tests, all but the slow ones
 
 slow: $(READY)  ## run the slow tests: minutes, not seconds
 	@$(BIN)/python -m pytest -m slow
+
+board-test: $(READY)  ## boot a flashed image on an emulated board and let it train (needs root and qemu)
+	@sh tests/board/build.sh $(BOARD)
+	@BOARD=$(abspath $(BOARD)) $(BIN)/python -m pytest -m board -n 0 -s tests/board
 
 SEED := 7
 ROUNDS := 200

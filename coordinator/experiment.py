@@ -76,7 +76,9 @@ class Pruning:
         schedule_steps: Steps in which the density falls.
     """
 
-    method: Annotated[str, Choice(("ntk", "uniform", "none"))] = "ntk"
+    method: Annotated[
+        str, Choice(("ntk", "synflow", "snip", "grasp", "magnitude", "erk", "random", "uniform", "none"))
+    ] = "ntk"
     density: Annotated[
         float,
         Number(
@@ -108,7 +110,7 @@ class Method:
     learning_rate: Annotated[
         float, Number(above=0, remedy="Try 0.01 first, and a tenth of it if the loss climbs.")
     ]
-    name: Annotated[str, Choice(tuple(METHODS))] = "hiso"
+    name: Annotated[str, Choice(tuple(METHODS))] = "headstep"
     epsilon: Annotated[float, Number(above=0, most=1, remedy="1e-3 suits most nets.")] = 1e-3
     perturbations: Annotated[int, Whole(1, 65535, remedy="8 is a good start.")] = 8
     exact: Annotated[int, Whole(0, 16384, remedy="64 is a good start; each is 4 bytes of a reply.")] = 64
@@ -129,7 +131,7 @@ class Fleet:
         deadline_s: Seconds until a round closes or is extended.
         resend_s: Seconds after which an unanswered round message is sent again.
         aggregation: How the agents' scalars become one: ``mean`` trusts all, ``median``, ``trimmed`` (mean
-            without the smallest and largest) and ``krum`` bear some liars.
+            without the smallest and largest) and ``krum`` bear some liars, and leave out who is suspected.
         liars: The share of the agents that may lie; the mean does not look at it.
     """
 

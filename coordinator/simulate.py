@@ -19,11 +19,12 @@ from numpy.typing import NDArray
 
 from coordinator.config import dump
 from coordinator.experiment import Experiment
+from coordinator.health import Health
 from coordinator.partition import partition
 from coordinator.progress import Observer
 from coordinator.rounds import Action, Announce, Commit, Rounds
 from coordinator.scalar_log import ScalarLog
-from coordinator.testbed import Evaluator, make_bundle, make_rounds, read_samples
+from coordinator.testbed import Evaluator, make_bundle, read_samples, rounds_of
 from edge_agent.bundle import Bundle
 from edge_agent.data import Samples
 from edge_agent.forward import Forward
@@ -98,16 +99,20 @@ def _simulate(experiment: Experiment, folder: Path, observer: Observer) -> dict[
     with ScalarLog.create(folder / "log.sqlite", meta) as log:
         log.set_agents([(a.id, a.name, a.profile, a.memory_mib, None) for a in experiment.agents])
         replica = bundle.replica()
-        rounds = make_rounds(experiment, bundle, replica, epoch=log.next_epoch())
+        rounds = rounds_of(experiment, bundle, replica, epoch=log.next_epoch())
         judge = Evaluator(bundle, replica, test)
         log.add_evaluation(0, *judge())
         observer.stage(f"simulating {len(names)} agents by {experiment.method.name}")
         spent = Spending()
+        health = Health(experiment.method.learning_rate)
 
         def on_commit(action: Commit) -> None:
             done = action.record.plan.round + 1
             replies = {names[number]: (*reply, 0.0) for number, reply in action.replies.items()}
             log.append(action.record, loss=action.loss, opened_at=0.0, closed_at=0.0, replies=replies)
+            for text in health.observe(action.record, action.loss, replica):
+                log.add_event("health", "", f"round {action.record.plan.round}: {text}")
+                observer.line(f"round {done}: {text}")
             if done % experiment.evaluation.every == 0 or done == experiment.rounds:
                 log.add_evaluation(done, *judge())
             known = log.last_evaluation()

@@ -14,6 +14,7 @@ from coordinator.experiment import Experiment
 from coordinator.scalar_log import ScalarLog
 from coordinator.service import Service
 from edge_agent.bundle import Bundle
+from edge_agent.optimizer import METHODS
 from profiles.budget import flops_per_step
 from profiles.cost import Cost
 
@@ -51,6 +52,7 @@ def write_summary(
             perturbations=settings.perturbations,
             difference=settings.difference,
             size=cost.params,
+            extra_forwards=METHODS[settings.name].losses,
         )
         for which, cost in costs.items()
     }

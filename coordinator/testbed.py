@@ -6,9 +6,11 @@ run goes on where it stopped.
 """
 
 import contextlib
+import json
 import math
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,10 @@ import numpy as np
 from coordinator.broker import Broker, open_broker
 from coordinator.config import dump, load_experiment
 from coordinator.experiment import AgentPlan, Experiment
+from coordinator.health import Health
 from coordinator.partition import partition
 from coordinator.progress import Observer
-from coordinator.rebuild import rebuild
+from coordinator.rebuild import CHECKPOINT, resume_replica
 from coordinator.report import write_report
 from coordinator.rounds import Rounds
 from coordinator.scalar_log import ScalarLog
@@ -42,10 +45,10 @@ __all__ = [
     "Evaluator",
     "evaluate",
     "make_bundle",
-    "make_rounds",
     "plan_of",
     "prepare",
     "read_samples",
+    "rounds_of",
     "run_testbed",
 ]
 
@@ -67,6 +70,10 @@ def run_testbed(experiment: Experiment, *, out: Path, resume: bool, observer: Ob
     """
     if resume:
         _check_same(experiment, out)
+        if (out / "summary.json").is_file():
+            observer.line(f"the run in {out} is finished; writing its report again")
+            write_report(out)
+            return dict(json.loads((out / "summary.json").read_text(encoding="utf-8")))
         observer.stage(f"going on with {out}")
     else:
         _refuse_existing(out)
@@ -253,7 +260,7 @@ def plan_of(experiment: Experiment, bundle: Bundle, round_: int) -> RoundPlan:
     )
 
 
-def make_rounds(
+def rounds_of(
     experiment: Experiment,
     bundle: Bundle,
     replica: Replica,
@@ -337,10 +344,10 @@ def _train(
     observer: Observer,
 ) -> Service:
     epoch = log.next_epoch()
-    replica = rebuild(bundle, log)
+    replica = resume_replica(bundle, log, checkpoint=out / CHECKPOINT, run=experiment.name)
     judge = Evaluator(bundle, replica, test)
     log.add_event("coordinator started", "", f"epoch {epoch}, round {replica.round}")
-    rounds = make_rounds(
+    rounds = rounds_of(
         experiment, bundle, replica, epoch=epoch, recent=list(log.records(max(0, replica.round - 4)))
     )
     accuracy: float | None = None
@@ -350,8 +357,13 @@ def _train(
         loss, accuracy = judge()
         log.add_evaluation(replica.round, loss, accuracy)
 
+    health = Health(experiment.method.learning_rate)
+
     def on_commit(record: RoundRecord, loss: float | None) -> None:
         done = record.plan.round + 1
+        for text in health.observe(record, loss, replica):
+            log.add_event("health", "", f"round {record.plan.round}: {text}")
+            observer.line(f"round {done}: {text}")
         if done % experiment.evaluation.every == 0 or done == experiment.rounds:
             evaluate_now()
         observer.round(
@@ -381,6 +393,7 @@ def _train(
             rounds=rounds,
             agents=[agent.name for agent in experiment.agents],
             bundle_identity=bundle.identity,
+            checkpoint=out / CHECKPOINT,
             on_commit=on_commit,
             on_idle=on_idle,
         )
@@ -436,8 +449,9 @@ def _check_same(experiment: Experiment, out: Path) -> None:
     if not saved_path.is_file():
         raise ConfigError(f"there is no run in {out} to go on with", hint="Start it without --resume.")
     saved = load_experiment(saved_path)
-    if dump(saved) != dump(experiment):
-        lines = zip(dump(saved).splitlines(), dump(experiment).splitlines(), strict=False)
+    wanted = replace(experiment, broker=saved.broker)  # messages may travel another way
+    if dump(saved) != dump(wanted):
+        lines = zip(dump(saved).splitlines(), dump(wanted).splitlines(), strict=False)
         first = next((f"{old!r} there, {new!r} now" for old, new in lines if old != new), "it has other keys")
         raise ConfigError(
             f"the run in {out} was started with another experiment: {first}",

@@ -227,7 +227,9 @@ def forwards_per_step(*, perturbations: int, difference: str) -> int:
     return 2 * perturbations if difference == "central" else perturbations + 1
 
 
-def flops_per_step(cost: Cost, *, batch_size: int, perturbations: int, difference: str, size: int) -> int:
+def flops_per_step(
+    cost: Cost, *, batch_size: int, perturbations: int, difference: str, size: int, extra_forwards: int = 0
+) -> int:
     """Return the FLOPs of one local step: its forward passes, and the passes over the weights.
 
     A pass adds one multiple of a perturbation to every weight, two FLOPs each: every forward but the one at
@@ -239,8 +241,9 @@ def flops_per_step(cost: Cost, *, batch_size: int, perturbations: int, differenc
         perturbations: P.
         difference: ``central`` (2P forwards) or ``forward`` (P + 1).
         size: Elements of the flat vector of weights, its gaps included.
+        extra_forwards: What a method evaluates beside its differences.
     """
-    forwards = forwards_per_step(perturbations=perturbations, difference=difference)
+    forwards = forwards_per_step(perturbations=perturbations, difference=difference) + extra_forwards
     perturbed = 2 * perturbations if difference == "central" else perturbations
     passes = perturbed + 1 + perturbations
     return forwards * batch_size * cost.forward_flops + 2 * size * passes

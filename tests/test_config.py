@@ -48,7 +48,7 @@ def test_small_file_gets_every_default(write):
 
     assert (experiment.name, experiment.seed, experiment.rounds) == ("small", 7, 400)
     assert experiment.model.hidden == (64, 32)
-    assert experiment.method.constants == dict(METHODS["hiso"].constants)
+    assert experiment.method.constants == dict(METHODS["headstep"].constants)
     assert [agent.name for agent in experiment.agents] == ["pi-zero-2w-1", "pi-zero-2w-2"]
     assert experiment.agents[1].memory_mib == load_profile("pi-zero-2w").memory_mib.value
     assert (experiment.cohort_size, experiment.quorum_size) == (2, 2)
@@ -57,14 +57,15 @@ def test_small_file_gets_every_default(write):
 def test_dump_loads_to_an_equal_experiment(write):
     """What dump writes is complete: loaded from another folder it gives the same experiment."""
     first = load_experiment(
-        write(SMALL), ["method.nu=0.25", "model.hidden=[9, 8]", "fleet.quorum=1", "devices.0.name=kitchen"]
+        write(SMALL),
+        ["method.smoothing=0.25", "model.hidden=[9, 8]", "fleet.quorum=1", "devices.0.name=kitchen"],
     )
 
     second = load_experiment(write(dump(first), "elsewhere.toml"))
 
     assert second == first
     assert dump(second) == dump(first)
-    assert second.method.constants["nu"] == 0.25
+    assert second.method.constants["smoothing"] == 0.25
     assert second.agents[0].name == "kitchen-1"
 
 
@@ -94,8 +95,11 @@ def test_all_faults_are_told_at_once(write):
         ("method.batch_size=0", "at least 1"),
         ("method.batch_size=16.0", "whole number"),
         ("method.name=hizo", "`hiso`"),
-        ("method.nuu=0.1", "`nu`"),
-        ("method.nu=fast", "finite number"),
+        ("method.smothing=0.1", "`smoothing`"),
+        ("method.smoothing=1", "less than 1"),
+        ("method.head_rate=-1", "at least 0"),
+        ("method.perturbations=60000", "scalars"),
+        ("method.head_rate=fast", "finite number"),
         ("method.difference=centre", "`central`"),
         ("method.rounds=3", "at the top"),
         ("epsilon=0.1", "under [method]"),

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from edge_agent import digest, grid
 from edge_agent.grid import RESERVE_STEPS, Segment, Term
-from edge_agent.native.build import SOURCES, build, library_name
+from edge_agent.native.build import SOURCES, build
 from edge_agent.native.kernel import Kernel, find_kernel, kernel_name, load_kernels
+from edge_agent.native.library import library_name
 from edge_agent.noise import NoiseKey
 from edge_agent.replay import Replica, apply_record
 from edge_agent.wire import RoundPlan, RoundRecord
@@ -257,3 +258,35 @@ def test_build_names_the_compilers_complaint(tmp_path: Path):
 
     assert "no such flag" in caught.value.stderr
     assert not list(tmp_path.iterdir())
+
+
+def cycle(kernel: Kernel, size: int, cycles: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Perturb, cross over and undo, with another key each time; return the weights before and after."""
+    segments = [Segment(0, size // 32 * 16, 2), Segment(size // 32 * 16, size, 6)]
+    before = np.random.default_rng(0).normal(0, 1, size).astype(np.float32)
+    before[::100] *= 100
+    grid.snap(before, segments)
+    weights, curvature = before.copy(), random_curvature(size)
+    for number in range(cycles // 2):
+        keys = [NoiseKey(0, number, 0, perturbation) for perturbation in range(2)]
+        how = {"epsilon": 1e-3, "curvature": curvature if number % 2 else None}
+        kernel.perturb(weights, segments, keys[:1], [1], **how)
+        kernel.perturb(weights, segments, keys, [-1, 1], **how)
+        kernel.perturb(weights, segments, keys[1:], [-1], **how)
+    return before, weights
+
+
+def test_perturbations_leave_no_trace(kernel: Kernel):
+    """200 perturb and undo cycles leave every bit of 100,000 weights as it was."""
+    before, after = cycle(kernel, 100_000, 200)
+
+    assert same_bits(before, after)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_ten_thousand_perturbations_leave_no_trace_in_ten_million_weights(library: Path):
+    """10,000 perturb and undo cycles on the best path leave every bit of 10 million weights as it was."""
+    before, after = cycle(list(load_kernels(library).values())[-1], 10_000_000, 10_000)
+
+    assert same_bits(before, after)

@@ -59,7 +59,11 @@ def wheel(tmp_path_factory):
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, tree)
     for floor in FLOORS:
-        shutil.copytree(ROOT / floor, tree / floor, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+        shutil.copytree(
+            ROOT / floor,
+            tree / floor,
+            ignore=shutil.ignore_patterns("__pycache__", "*.so", "*.dylib", "*.dll"),
+        )
     build = f"import setuptools.build_meta as backend; backend.build_wheel({str(out)!r})"
     subprocess.run([sys.executable, "-c", build], cwd=tree, check=True, capture_output=True, text=True)
     with zipfile.ZipFile(next(out.glob("*.whl"))) as archive:
@@ -72,7 +76,9 @@ def test_the_wheel_holds_every_file_of_the_packages(wheel):
         path.relative_to(ROOT).as_posix(): path.read_bytes()
         for floor in FLOORS
         for path in (ROOT / floor).rglob("*")
-        if path.is_file() and path.suffix not in (".pyc", ".so") and not path.name.startswith(".")
+        if path.is_file()
+        and path.suffix not in (".pyc", ".so", ".dylib", ".dll")
+        and not path.name.startswith(".")
     }
     assert any(name.startswith("profiles/devices/") for name in files)
 

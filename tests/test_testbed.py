@@ -246,6 +246,14 @@ def test_another_experiment_cannot_resume_a_run(finished):
     assert "seed = 7" in done.stderr
 
 
+def test_resuming_a_finished_run_changes_nothing(finished):
+    """It says the same summary again, also over another broker, and starts no agent."""
+    out, summary = finished
+    again = run(out, *SMALL, *THREE, "--resume", "--broker", "mqtt://127.0.0.1:9")
+    assert again == summary
+    assert json.loads((out / "summary.json").read_text()) == summary
+
+
 def test_a_run_is_never_overwritten(finished):
     """A second run into the same folder is refused."""
     out, summary = finished

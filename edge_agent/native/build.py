@@ -19,6 +19,7 @@ from edge_agent.native.library import library_name
 __all__ = ["SOURCES", "build", "main"]
 
 SOURCES = Path(__file__).parent
+"""Where the sources lie, and the kernel of a checkout."""
 
 _FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-fvisibility=hidden")
 # Bits are the same everywhere only if nothing is fused; that no error is noticed lets loops vectorise.
@@ -65,7 +66,7 @@ def build(target: Path, *, compiler: Sequence[str] = (), machine: str = "") -> N
         objects.append(f"{folder}/kernel.o")
         _run([*command, "-c", str(SOURCES / "kernel.c"), "-o", objects[-1]])
         linked = Path(folder) / target.name
-        _run([*command, "-shared", *objects, "-o", str(linked)])
+        _run([*command, "-shared", "-s", *objects, "-o", str(linked)])
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f"{target.name}.{os.getpid()}")
         shutil.copyfile(linked, partial)

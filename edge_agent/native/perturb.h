@@ -6,12 +6,6 @@
 
 #define LARGEST_PERTURBATION 2097152.0f /* grid steps: RESERVE_STEPS */
 
-struct perturb_state {
-    const struct keys *keys;
-    const int32_t *times;
-    float epsilon;
-};
-
 /* The displacement of one plane by one term, in grid steps times `times`. */
 #if HAS_TABLES
 INLINE table products(float amount)
@@ -40,22 +34,40 @@ INLINE vf whole_steps(vf product) { return nearest(clamp(product, LARGEST_PERTUR
 
 enum { MOST_TERMS = 4 };
 
-INLINE void perturb_chunk(float *weights, uint16_t *curvature, uint32_t first_word, const void *given, float step)
-{
-    const struct perturb_state *state = given;
-    const struct keys *keys = state->keys;
-    const float amount = state->epsilon * (1.0f / step);
-    table scaled = products(amount);
-    float unit[MOST_TERMS];
+struct perturb_state {
+    const struct keys *keys;
+    const int32_t *times;
+    float epsilon;
+    float step;             /* of the segment for which the following was made */
+    float amount;           /* grid steps of a value of 1 */
+    float unit[MOST_TERMS]; /* what a grid step of each term adds */
+    table scaled;
 #if HAS_TABLES
-    table ready[MOST_TERMS];
+    table ready[MOST_TERMS]; /* what a value of each term adds, where there is no curvature */
 #endif
-    for (int64_t t = 0; t < keys->count; t++) {
-        unit[t] = (float)state->times[t] * step;
+};
+
+static void begin_segment(struct perturb_state *state, float step)
+{
+    state->step = step;
+    state->amount = state->epsilon * (1.0f / step);
+    state->scaled = products(state->amount);
+    for (int64_t t = 0; t < state->keys->count; t++) {
+        state->unit[t] = (float)state->times[t] * step;
 #if HAS_TABLES
-        ready[t] = (table)(whole_steps((vf)scaled) * unit[t]);
+        state->ready[t] = (table)(whole_steps((vf)state->scaled) * state->unit[t]);
 #endif
     }
+}
+
+INLINE void perturb_chunk(float *weights, uint16_t *curvature, uint32_t first_word, void *given, float step)
+{
+    struct perturb_state *state = given;
+    const struct keys *keys = state->keys;
+    if (state->step != step)
+        begin_segment(state, step);
+    const float amount = state->amount;
+    const table scaled = state->scaled;
     for (int lane = 0; lane < CHUNK_WORDS; lane += LANES) {
         vf sum[PLANES] = {0}, root[PLANES];
         if (curvature) {
@@ -68,13 +80,13 @@ INLINE void perturb_chunk(float *weights, uint16_t *curvature, uint32_t first_wo
 #pragma GCC unroll 8
             for (int plane = 0; plane < PLANES; plane++) {
                 if (curvature)
-                    sum[plane] += whole_steps(product(scaled, amount, word, plane) * root[plane]) * unit[t];
+                    sum[plane] += whole_steps(product(scaled, amount, word, plane) * root[plane]) * state->unit[t];
 #if HAS_TABLES
                 else
-                    sum[plane] += (vf)look_up(ready[t], word, plane);
+                    sum[plane] += (vf)look_up(state->ready[t], word, plane);
 #else
                 else
-                    sum[plane] += whole_steps(product(scaled, amount, word, plane)) * unit[t];
+                    sum[plane] += whole_steps(product(scaled, amount, word, plane)) * state->unit[t];
 #endif
             }
         }
@@ -86,13 +98,13 @@ INLINE void perturb_chunk(float *weights, uint16_t *curvature, uint32_t first_wo
     }
 }
 
-static void perturb_plain(float *weights, uint16_t *curvature, uint32_t first_word, const void *given, float step)
+static void perturb_plain(float *weights, uint16_t *curvature, uint32_t first_word, void *given, float step)
 {
     (void)curvature;
     perturb_chunk(weights, 0, first_word, given, step);
 }
 
-static void perturb_curved(float *weights, uint16_t *curvature, uint32_t first_word, const void *given, float step)
+static void perturb_curved(float *weights, uint16_t *curvature, uint32_t first_word, void *given, float step)
 {
     perturb_chunk(weights, curvature, first_word, given, step);
 }
@@ -104,7 +116,7 @@ static int perturb(const struct perturb_job *job)
         return -1;
     for (int64_t t = 0; t < job->terms; t++)
         keys.states[t] = key_state(job->keys + 4 * t);
-    struct perturb_state state = {&keys, job->times, job->epsilon};
+    struct perturb_state state = {.keys = &keys, .times = job->times, .epsilon = job->epsilon, .step = 0};
     if (job->span.curvature)
         sweep(&job->span, &keys, perturb_curved, &state);
     else

@@ -46,14 +46,14 @@ INLINE vf inverse_root(vf h)
 
 INLINE vf curvature_at(const uint16_t *p) { return float_of(load_half(p) << 16); }
 
-/* Calls work(weights, curvature, chunk, state, exponent-dependent step) for every chunk of the span.
+/* Calls work(weights, curvature, its first word in the block, state, grid step) for every chunk of the span.
  *
  * A chunk that the span or a segment covers in part is worked on in a copy, so that `work` always
  * sees whole chunks: 128 weights, 128 curvatures (or NULL).
  */
-typedef void chunk_work(float *weights, uint16_t *curvature, uint32_t first_word, const void *state, float step);
+typedef void chunk_work(float *weights, uint16_t *curvature, uint32_t first_word, void *state, float step);
 
-INLINE void sweep(const struct span *span, struct keys *keys, chunk_work work, const void *state)
+INLINE void sweep(const struct span *span, struct keys *keys, chunk_work work, void *state)
 {
     for (int64_t s = 0; s < span->segment_count; s++) {
         const int64_t *segment = span->segments + 3 * s;

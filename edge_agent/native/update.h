@@ -32,7 +32,7 @@ INLINE vu learned(vf root, vu bits, vf descent, vu random, const struct update_j
     return (bits_of(h) + (random & 0xFFFFu)) >> 16;
 }
 
-INLINE void update_chunk(float *weights, uint16_t *curvature, uint32_t first_word, const void *given, float step)
+INLINE void update_chunk(float *weights, uint16_t *curvature, uint32_t first_word, void *given, float step)
 {
     const struct update_state *state = given;
     const struct update_job *job = state->job;
@@ -74,13 +74,13 @@ INLINE void update_chunk(float *weights, uint16_t *curvature, uint32_t first_wor
     }
 }
 
-static void update_plain(float *weights, uint16_t *curvature, uint32_t first_word, const void *given, float step)
+static void update_plain(float *weights, uint16_t *curvature, uint32_t first_word, void *given, float step)
 {
     (void)curvature;
     update_chunk(weights, 0, first_word, given, step);
 }
 
-static void update_curved(float *weights, uint16_t *curvature, uint32_t first_word, const void *given, float step)
+static void update_curved(float *weights, uint16_t *curvature, uint32_t first_word, void *given, float step)
 {
     update_chunk(weights, curvature, first_word, given, step);
 }
