@@ -24,6 +24,7 @@ from pruning.masks import Masks, densities_of, schedule
 from pruning.models import build_model, choose_model, model_structure
 from pruning.saliency import Probe, make_probe
 from pruning.structure import Structure
+from pruning.threads import one_thread
 from pruning.weights import derive_seed
 
 __all__ = [
@@ -274,14 +275,15 @@ def find_masks(
         costs: What a weight of each layer costs; 1 if None.
         progress: Called with the cuts done and all cuts.
     """
-    return schedule(
-        lambda masks, step: ALL_SCORES[method](probe, masks, step),
-        probe.masks(),
-        density,
-        steps=1 if method in ONE_SHOT else steps,
-        costs=costs,
-        progress=progress,
-    )
+    with one_thread():
+        return schedule(
+            lambda masks, step: ALL_SCORES[method](probe, masks, step),
+            probe.masks(),
+            density,
+            steps=1 if method in ONE_SHOT else steps,
+            costs=costs,
+            progress=progress,
+        )
 
 
 def write_pruned(pruned: Pruned, folder: Path, *, cost: Callable[[bytes], Mapping[str, int]]) -> Bundle:
@@ -334,6 +336,7 @@ def _allocate(
         budget=allowed.amount,
         unit=allowed.unit,
         tolerance=allowed.tolerance,
+        try_all=4 if allowed.spend is None else 0,
     ).widths
 
 
