@@ -7,7 +7,6 @@ run goes on where it stopped.
 
 import contextlib
 import json
-import math
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
