@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from coordinator.aggregation import aggregate, mean_loss, tolerated
+from coordinator.aggregation import aggregate_shares, mean_loss, tolerated
 from coordinator.outliers import Outliers
 from edge_agent.noise import NoiseKey, hash_words
 from edge_agent.replay import Replica, apply_record
@@ -319,7 +319,7 @@ class Rounds:
             return "not asked"
         if agent in opened.answered:
             return "duplicate"
-        if not reply.failed and reply.scalars.size != plan.steps * plan.scalars:
+        if not reply.failed and reply.scalars.size != plan.steps * plan.reply_scalars:
             return "wrong number of scalars"
         if not 1 <= reply.samples <= opened.message.batch_size:
             return "wrong number of samples"
@@ -345,11 +345,12 @@ class Rounds:
         plan = opened.message.plan
         skipped = len(counted) < max(1, self._needed(opened))
         shape = (plan.steps, plan.scalars)
-        changes = [] if skipped else self.outliers.observe(counted)
+        alike = plan.shares == 1  # agents of unlike shares measure unlike things
+        changes = self.outliers.observe(counted) if alike and not skipped else []
         flat = np.zeros(plan.steps * plan.scalars, np.float32)
         trusted, liars = self._trusted(counted)
         if not skipped:
-            flat = aggregate(trusted, rule=self._rule, liars=liars)
+            flat = aggregate_shares(trusted, plan, rule=self._rule, liars=liars)
         record = RoundRecord(plan, self._epoch, skipped, flat.reshape(shape), digest=0)
         apply_record(self.replica, record, check=False)
         record = replace(record, digest=self.replica.digest())

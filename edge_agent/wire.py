@@ -24,6 +24,7 @@ __all__ = [
     "LARGEST_SCALAR",
     "MAX_MESSAGE",
     "MAX_SCALARS",
+    "MAX_SHARES",
     "WIRE_VERSION",
     "Cohort",
     "Reply",
@@ -46,6 +47,9 @@ MAX_MESSAGE = 1 << 20
 
 MAX_SCALARS = 0xFFFF
 """No round asks for more: a reply counts its scalars with 16 bits."""
+
+MAX_SHARES = 255
+"""No plan deals the agents into more shares."""
 
 LARGEST_SCALAR = 1e9
 """A projected gradient or loss beyond this is no estimate of anything."""
@@ -102,12 +106,37 @@ class RoundPlan:
 
     @property
     def scalars(self) -> int:
-        """Scalars of a local step: P projected gradients, then what else the plan asks."""
+        """Scalars of a local step in a record: projected gradients, then what else the plan asks."""
+        return self.projected + self.exact + method_by_code(self.method).losses
+
+    @property
+    def reply_scalars(self) -> int:
+        """Scalars that an agent sends for a local step: the projected gradients of its own share alone."""
         return self.perturbations + self.exact + method_by_code(self.method).losses
 
-    def keys(self, step: int) -> list[NoiseKey]:
-        """Return the noise keys of a local step's P perturbations."""
-        return [NoiseKey(self.seed, self.round, step, number) for number in range(self.perturbations)]
+    @property
+    def shares(self) -> int:
+        """Into how many shares the agents are dealt, each with perturbations of its own; mostly 1."""
+        return int(method_by_code(self.method).named(self.constants).get("shares", 1.0))
+
+    @property
+    def projected(self) -> int:
+        """Projected gradients of a local step in a record: P for each share."""
+        return self.perturbations * self.shares
+
+    def share_of(self, agent: int) -> int:
+        """Return the share of an agent: each has its turn in all of them, round by round."""
+        return (agent + self.round) % self.shares
+
+    def numbers(self, share: int | None = None) -> range:
+        """Return the numbers of a local step's perturbations: those of one share, or all."""
+        if share is None:
+            return range(self.projected)
+        return range(share * self.perturbations, (share + 1) * self.perturbations)
+
+    def keys(self, step: int, share: int | None = None) -> list[NoiseKey]:
+        """Return the noise keys of a local step's perturbations: those of one share, or all."""
+        return [NoiseKey(self.seed, self.round, step, number) for number in self.numbers(share)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,7 +227,7 @@ class Reply:
         loss: Mean loss over the samples and forwards, or NaN if the estimate failed.
         peak_kib: Largest resident size of the agent's process so far.
         digest: Of the agent's replica before the round.
-        scalars: Float32 of shape (K * ``plan.scalars``,), step by step; empty if it failed.
+        scalars: Float32 of shape (K * ``plan.reply_scalars``,), step by step; empty if it failed.
     """
 
     epoch: int
@@ -378,12 +407,16 @@ def _read_plan(reader: _Reader) -> RoundPlan:
         raise WireError(f"method {method} has {len(rule.constants)} constants, the plan {count}")
     if exact and not rule.head:
         raise WireError(f"method {method} has no exact scalars, the plan {exact}")
-    if not (steps and perturbations and steps * (perturbations + exact + rule.losses) <= MAX_SCALARS):
-        raise WireError(
-            f"a plan has 1 to {MAX_SCALARS} scalars, got {steps} times {perturbations} and {exact} exact ones"
-        )
     if not (0 < epsilon < np.inf and 0 <= rate < np.inf and all(np.isfinite(constants))):
         raise WireError(f"epsilon {epsilon}, learning rate {rate} or a constant {constants} is out of range")
+    shares = rule.named(tuple(constants)).get("shares", 1.0)
+    if not 1 <= shares <= MAX_SHARES:
+        raise WireError(f"{shares} shares are out of range")
+    projected = int(shares) * int(perturbations)
+    if not (steps and perturbations and steps * (projected + exact + rule.losses) <= MAX_SCALARS):
+        raise WireError(
+            f"a plan has 1 to {MAX_SCALARS} scalars, got {steps} times {projected} and {exact} exact ones"
+        )
     return RoundPlan(
         round=int(round_),
         seed=int(seed),

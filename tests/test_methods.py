@@ -52,7 +52,7 @@ class Reference:
         z, c = directions(asked), METHODS[method].named(asked.constants)
         self.t += 1
         mean = g[: len(z)] @ z / len(z)
-        if method in ("mezo", "fedmezo", "zo-sgd"):
+        if method in ("mezo", "fedmezo", "zo-sgd", "forward-gradient"):
             self.w -= RATE * mean
         elif method == "zo-sign":
             self.w -= RATE * np.sign(g) @ z / len(z)
@@ -84,7 +84,7 @@ class Reference:
 @pytest.mark.parametrize(
     "method",
     [
-        *("mezo", "fedmezo", "zo-sgd", "zo-sign", "zo-momentum", "zo-adam", "baffle"),
+        *("mezo", "fedmezo", "zo-sgd", "forward-gradient", "zo-sign", "zo-momentum", "zo-adam", "baffle"),
         *("zo-conservative", "zo-block"),
     ],
 )
