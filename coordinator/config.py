@@ -34,7 +34,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["dump", "load_experiment"]
+__all__ = ["dump", "load_experiment", "with_settings"]
 
 _MOST_SCALARS = 16384
 """Scalars of a round: four such records still fit one message of 1 MiB."""
@@ -82,6 +82,22 @@ def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
     _check_together(experiment, faults)
     faults.raise_if_any(str(path))
     return experiment
+
+
+def with_settings(experiment: Experiment, overrides: Sequence[str]) -> Experiment:
+    """Return an experiment with some keys changed, checked as a file is.
+
+    Raises:
+        ConfigError: A key does not exist or its value is not allowed.
+    """
+    table = tomllib.loads(dump(experiment))
+    for assignment in overrides:
+        override(table, assignment, paths={"data.path"})
+    faults = Faults()
+    changed = _experiment(table, faults)
+    _check_together(changed, faults)
+    faults.raise_if_any("the change")
+    return changed
 
 
 def dump(experiment: Experiment) -> str:
