@@ -388,14 +388,15 @@ class Rounds:
     def _trusted(self, counted: dict[int, Reply], terms: Terms) -> tuple[dict[int, Reply], float]:
         """Return the replies without those of suspects, and what share of them may still lie.
 
-        The mean trusts all. The other rules leave out no more suspects than may lie.
+        The mean trusts all. The other rules leave out no more than may lie; a suspect beyond these may lie.
         """
         if terms.rule == "mean" or not counted:
             return counted, terms.liars
         bearable = tolerated(len(counted), terms.liars)
-        left_out = [agent for agent in self.outliers.suspects() if agent in counted][:bearable]
+        suspects = [agent for agent in self.outliers.least_trusted() if agent in counted]
+        left_out = suspects[:bearable]
         trusted = {agent: reply for agent, reply in counted.items() if agent not in left_out}
-        return trusted, (bearable - len(left_out)) / len(trusted)
+        return trusted, min(0.49, (max(bearable, len(suspects)) - len(left_out)) / len(trusted))
 
     def _open_next(self, now: float) -> list[Action]:
         if self._paused:
