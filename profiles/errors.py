@@ -17,6 +17,7 @@ __all__ = [
     "ModelError",
     "ProfileError",
     "ScalarfedError",
+    "SecurityError",
     "StateError",
     "WireError",
 ]
@@ -132,3 +133,10 @@ class FlashError(ScalarfedError):
 
     hint = "`scalarfed doctor` on the card or on the board's name says what is wrong."
     exit_code = 20
+
+
+class SecurityError(ScalarfedError):
+    """A certificate, token, key or signature is not what it must be, or a channel is not protected."""
+
+    hint = "docs/security.md tells how a board is enrolled, and what to do when a key is lost."
+    exit_code = 22
