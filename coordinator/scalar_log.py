@@ -250,6 +250,11 @@ class ScalarLog:
         """Return how often something happened to an agent."""
         return self._count("SELECT COUNT(*) FROM events WHERE kind = ? AND agent = ?", kind, agent)
 
+    def texts_of(self, kind: str) -> list[str]:
+        """Return what the events of a kind say, in the order in which they were noted."""
+        query = "SELECT text FROM events WHERE kind = ? ORDER BY rowid"
+        return [str(row[0]) for row in self._db.execute(query, (kind,))]
+
     def skipped(self) -> int:
         """Return how many rounds found no quorum."""
         return self._count("SELECT COUNT(*) FROM records WHERE kind = 'skipped'")

@@ -7,7 +7,6 @@ run goes on where it stopped.
 
 import contextlib
 import json
-import math
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -21,6 +20,7 @@ from coordinator.config import dump, load_experiment
 from coordinator.experiment import AgentPlan, Experiment
 from coordinator.health import Health
 from coordinator.partition import partition
+from coordinator.plans import CHANGED, Plans
 from coordinator.progress import Observer, Standing
 from coordinator.rebuild import CHECKPOINT, resume_replica
 from coordinator.report import write_report
@@ -36,7 +36,7 @@ from edge_agent.link import MqttLink
 from edge_agent.optimizer import METHODS
 from edge_agent.replay import Replica
 from edge_agent.topics import Topics
-from edge_agent.wire import RoundPlan, RoundRecord
+from edge_agent.wire import RoundRecord
 from profiles.budget import Prediction, check_memory, predict_peak_mib
 from profiles.cost import Cost, graph_cost
 from profiles.errors import ConfigError, DataError, ScalarfedError
@@ -45,7 +45,6 @@ __all__ = [
     "Evaluator",
     "evaluate",
     "make_bundle",
-    "plan_of",
     "prepare",
     "read_samples",
     "rounds_of",
@@ -235,31 +234,6 @@ def _predict(experiment: Experiment, bundle: Bundle, agent: AgentPlan, samples: 
     return prediction
 
 
-def plan_of(experiment: Experiment, bundle: Bundle, round_: int) -> RoundPlan:
-    """Return what a round of the experiment asks; the learning rate follows its schedule."""
-    settings = experiment.method
-    factor = 1.0
-    if settings.schedule == "cosine":
-        factor = 0.5 * (1.0 + math.cos(math.pi * min(1.0, round_ / experiment.rounds)))
-    method = METHODS[settings.name]
-    constants = {
-        name: value * (factor if name in method.scheduled else 1.0)
-        for name, value in settings.constants.items()
-    }
-    layer = sum(tensor.size for tensor in bundle.tensors if tensor.name in bundle.head)
-    return RoundPlan(
-        round=round_,
-        seed=experiment.seed,
-        method=method.code,
-        steps=settings.local_steps,
-        perturbations=settings.perturbations,
-        epsilon=settings.epsilon,
-        learning_rate=settings.learning_rate * factor,
-        constants=method.values(constants),
-        exact=min(settings.exact, layer) if method.head else 0,
-    )
-
-
 def rounds_of(
     experiment: Experiment,
     bundle: Bundle,
@@ -267,6 +241,7 @@ def rounds_of(
     *,
     epoch: int,
     recent: Sequence[RoundRecord] = (),
+    plans: Plans | None = None,
 ) -> Rounds:
     """Return the state machine of an experiment's rounds, not yet started.
 
@@ -276,11 +251,12 @@ def rounds_of(
         replica: The coordinator's, at the round to go on with.
         epoch: Incarnation of the coordinator.
         recent: The records just before that round.
+        plans: What each round asks; the experiment's own plans where left out.
     """
     return Rounds(
         fleet=len(experiment.agents),
         rounds=experiment.rounds,
-        plan_of=lambda round_: plan_of(experiment, bundle, round_),
+        plan_of=plans or Plans(experiment, bundle),
         epoch=epoch,
         replica=replica,
         recent=recent,
@@ -347,9 +323,9 @@ def _train(
     replica = resume_replica(bundle, log, checkpoint=out / CHECKPOINT, run=experiment.name)
     judge = Evaluator(bundle, replica, test)
     log.add_event("coordinator started", "", f"epoch {epoch}, round {replica.round}")
-    rounds = rounds_of(
-        experiment, bundle, replica, epoch=epoch, recent=list(log.records(max(0, replica.round - 4)))
-    )
+    plans = Plans(experiment, bundle, log.texts_of(CHANGED))
+    recent = list(log.records(max(0, replica.round - 4)))
+    rounds = rounds_of(experiment, bundle, replica, epoch=epoch, recent=recent, plans=plans)
     accuracy: float | None = None
 
     def evaluate_now() -> None:
