@@ -12,6 +12,7 @@ __all__ = [
     "DataError",
     "DigestError",
     "EstimateError",
+    "FetchError",
     "FlashError",
     "LogError",
     "ModelError",
@@ -132,3 +133,10 @@ class FlashError(ScalarfedError):
 
     hint = "`scalarfed doctor` on the card or on the board's name says what is wrong."
     exit_code = 20
+
+
+class FetchError(ScalarfedError):
+    """A file cannot be fetched, or is not what was promised."""
+
+    hint = "Look whether the server is still there and has the file of the same release or run."
+    exit_code = 21
