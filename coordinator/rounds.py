@@ -10,12 +10,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from coordinator.aggregation import aggregate, mean_loss, tolerated
 from coordinator.outliers import Outliers
 from edge_agent.noise import NoiseKey, hash_words
 from edge_agent.replay import Replica, apply_record
 from edge_agent.wire import Cohort, Reply, RoundOpen, RoundPlan, RoundRecord
+from profiles.errors import EstimateError
 
 __all__ = ["Action", "Announce", "Commit", "Late", "Note", "Rounds"]
 
@@ -141,6 +143,8 @@ class Rounds:
         seed: Decides who is asked.
         rule: How the replies become one; see :data:`coordinator.aggregation.RULES`.
         liars: The share of the agents that may lie; the mean trusts all.
+        reference: What the classes' scalars are in the first step of a round; by them the other rules see who
+            cannot have measured. None where the coordinator has no samples.
 
     Attributes:
         dropped: Count of replies that changed nothing, by reason.
@@ -167,6 +171,7 @@ class Rounds:
         seed: int,
         rule: str = "mean",
         liars: float = 0.2,
+        reference: Callable[[RoundOpen], Sequence[NDArray[np.float64]]] | None = None,
     ) -> None:
         self.dropped: Counter[str] = Counter()
         self.outliers = Outliers()
@@ -185,6 +190,7 @@ class Rounds:
         self._seed = seed
         self._rule = rule
         self._liars = liars
+        self._reference = reference
         self._open: _Open | None = None
         self._link_up = True
         self._heard_online = 0
@@ -345,7 +351,7 @@ class Rounds:
         plan = opened.message.plan
         skipped = len(counted) < max(1, self._needed(opened))
         shape = (plan.steps, plan.scalars)
-        changes = [] if skipped else self.outliers.observe(counted)
+        changes = [] if skipped else self.outliers.observe(counted, self._classes(opened.message))
         flat = np.zeros(plan.steps * plan.scalars, np.float32)
         trusted, liars = self._trusted(counted)
         if not skipped:
@@ -369,6 +375,15 @@ class Rounds:
         loss = None if skipped else mean_loss(trusted)
         actions.append(Commit(record, loss, opened.opened_s, replies))
         return actions + self._open_next(now)
+
+    def _classes(self, message: RoundOpen) -> Sequence[NDArray[np.float64]]:
+        """Return the classes' scalars, where somebody has to be judged by them."""
+        if self._reference is None or self._rule == "mean":
+            return ()
+        try:
+            return self._reference(message)
+        except EstimateError:  # then the agents are compared with each other alone
+            return ()
 
     def _trusted(self, counted: dict[int, Reply]) -> tuple[dict[int, Reply], float]:
         """Return the replies without those of suspects, and what share of them may still lie.

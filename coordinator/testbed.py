@@ -23,6 +23,7 @@ from coordinator.partition import partition
 from coordinator.plans import CHANGED, Plans
 from coordinator.progress import Observer, Standing
 from coordinator.rebuild import CHECKPOINT, resume_replica
+from coordinator.reference import Reference
 from coordinator.report import write_report
 from coordinator.rounds import Rounds
 from coordinator.scalar_log import ScalarLog
@@ -269,7 +270,18 @@ def rounds_of(
         seed=experiment.seed,
         rule=experiment.fleet.aggregation,
         liars=experiment.fleet.liars,
+        reference=_reference(experiment, bundle, replica),
     )
+
+
+def _reference(experiment: Experiment, bundle: Bundle, replica: Replica) -> Reference | None:
+    """Return what the coordinator measures itself to see who lies; the mean asks nobody.
+
+    The test samples serve for it: they decide who is trusted, and enter no scalar.
+    """
+    if experiment.fleet.aggregation == "mean" or not experiment.data.path.is_file():
+        return None
+    return Reference(bundle, replica, load_samples(experiment.data.path, "test", classes=bundle.classes))
 
 
 class Evaluator:
