@@ -1,9 +1,9 @@
 """Whether an agent's scalars can have come from samples at all, by the scalars of the classes.
 
-A loss is a mean over samples, hence an agent's vector of scalars is u = R p + noise, where the
-columns of R are the classes' (``reference``) and p, its label shares, is never negative; how uneven the labels
-are does not matter. Two fits by non-negative least squares over the last fifty rounds or so, one to u and one
-to -u, give the logarithm of a likelihood ratio. It is far above zero for an agent that measures, far below for
+A loss is a mean over samples, hence an agent's vector of scalars is u = R p + noise, where the columns
+of R are the classes' (``reference``) and p, its label shares, is never negative; how uneven the labels are
+does not matter. Two fits by non-negative least squares over the last fifty rounds or so, one to u and one to
+-u, give the logarithm of a likelihood ratio. It is far above zero for an agent that measures, far below for
 one that turns its signs, and about zero for noise.
 
 Source: Wald, "Sequential Tests of Statistical Hypotheses", 1945, for the ratio; the mixture is our own.

@@ -1,7 +1,7 @@
 """What the scalars of a round are on samples that the coordinator holds itself, class by class.
 
-A projected gradient is a mean over samples, so that an agent's is a mixture of the classes' with the shares of
-its labels, whatever these are; ``plausibility`` makes use of that. No figure from here enters a record.
+A projected gradient is a mean over samples, so that an agent's is a mixture of the classes' with the shares
+of its labels, whatever these are; ``plausibility`` makes use of that. No figure from here enters a record.
 """
 
 from dataclasses import replace
@@ -85,4 +85,3 @@ class Reference:
         right = logits[np.arange(len(self._y)), self._y]
         each = np.log(np.exp(logits).sum(axis=1)) - right
         return np.array([each[self._y == label].mean() for label in self._classes])
-
