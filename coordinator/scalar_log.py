@@ -242,16 +242,6 @@ class ScalarLog:
         query = "SELECT name, profile, budget_mib, predicted_mib FROM agents ORDER BY id"
         return [FleetRow(*row) for row in self._db.execute(query)]
 
-    def add_change(self, round_: int, author: str, assignments: str) -> None:
-        """Note that the experiment is changed from a round on, committed."""
-        row = (round_, time.time(), author, assignments)
-        with self._db:
-            self._db.execute("INSERT INTO changes(round, at, author, assignments) VALUES (?, ?, ?, ?)", row)
-
-    def changes(self) -> list[tuple[int, str]]:
-        """Return all changes in the order in which they were made: first round, assignments."""
-        return list(self._db.execute("SELECT round, assignments FROM changes ORDER BY id"))
-
     def add_order(self, verb: str, arguments: str) -> int:
         """Ask something of the coordinator at work, committed; return the order's number."""
         query = "INSERT INTO orders(at, verb, arguments) VALUES (?, ?, ?)"
@@ -290,6 +280,11 @@ class ScalarLog:
     def count_events(self, kind: str, agent: str) -> int:
         """Return how often something happened to an agent."""
         return self._count("SELECT COUNT(*) FROM events WHERE kind = ? AND agent = ?", kind, agent)
+
+    def texts_of(self, kind: str) -> list[str]:
+        """Return what the events of a kind say, in the order in which they were noted."""
+        query = "SELECT text FROM events WHERE kind = ? ORDER BY rowid"
+        return [str(row[0]) for row in self._db.execute(query, (kind,))]
 
     def skipped(self) -> int:
         """Return how many rounds found no quorum."""

@@ -7,7 +7,6 @@ run goes on where it stopped.
 
 import contextlib
 import json
-import math
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -17,13 +16,13 @@ from typing import Any
 import numpy as np
 
 from coordinator.broker import Broker, open_broker
-from coordinator.changes import Changes
 from coordinator.config import dump, load_experiment
 from coordinator.control import Control
 from coordinator.experiment import AgentPlan, Experiment
 from coordinator.health import Health
 from coordinator.partition import partition
-from coordinator.progress import Observer
+from coordinator.plans import CHANGED, Plans
+from coordinator.progress import Observer, Standing
 from coordinator.rebuild import CHECKPOINT, resume_replica
 from coordinator.reference import Reference
 from coordinator.report import write_report
@@ -39,7 +38,7 @@ from edge_agent.link import MqttLink
 from edge_agent.optimizer import METHODS
 from edge_agent.replay import Replica
 from edge_agent.topics import Topics
-from edge_agent.wire import RoundPlan, RoundRecord
+from edge_agent.wire import RoundRecord
 from profiles.budget import Prediction, check_memory, predict_peak_mib
 from profiles.cost import Cost, graph_cost
 from profiles.errors import ConfigError, DataError, ScalarfedError
@@ -48,7 +47,6 @@ __all__ = [
     "Evaluator",
     "evaluate",
     "make_bundle",
-    "plan_of",
     "prepare",
     "read_samples",
     "rounds_of",
@@ -238,31 +236,6 @@ def _predict(experiment: Experiment, bundle: Bundle, agent: AgentPlan, samples: 
     return prediction
 
 
-def plan_of(experiment: Experiment, bundle: Bundle, round_: int) -> RoundPlan:
-    """Return what a round of the experiment asks; the learning rate follows its schedule."""
-    settings = experiment.method
-    factor = 1.0
-    if settings.schedule == "cosine":
-        factor = 0.5 * (1.0 + math.cos(math.pi * min(1.0, round_ / experiment.rounds)))
-    method = METHODS[settings.name]
-    constants = {
-        name: value * (factor if name in method.scheduled else 1.0)
-        for name, value in settings.constants.items()
-    }
-    layer = sum(tensor.size for tensor in bundle.tensors if tensor.name in bundle.head)
-    return RoundPlan(
-        round=round_,
-        seed=experiment.seed,
-        method=method.code,
-        steps=settings.local_steps,
-        perturbations=settings.perturbations,
-        epsilon=settings.epsilon,
-        learning_rate=settings.learning_rate * factor,
-        constants=method.values(constants),
-        exact=min(settings.exact, layer) if method.head else 0,
-    )
-
-
 def rounds_of(
     experiment: Experiment,
     bundle: Bundle,
@@ -270,7 +243,7 @@ def rounds_of(
     *,
     epoch: int,
     recent: Sequence[RoundRecord] = (),
-    changes: Changes | None = None,
+    plans: Plans | None = None,
 ) -> Rounds:
     """Return the state machine of an experiment's rounds, not yet started.
 
@@ -280,15 +253,12 @@ def rounds_of(
         replica: The coordinator's, at the round to go on with.
         epoch: Incarnation of the coordinator.
         recent: The records just before that round.
-        changes: The experiment of each round, where it can change.
+        plans: What each round asks; the experiment's own plans where left out.
     """
-
-    def terms_of(round_: int) -> Terms:
-        return _terms(experiment if changes is None else changes.at(round_), bundle)
-
+    asked = plans or Plans(experiment, bundle)
     return Rounds(
         fleet=len(experiment.agents),
-        terms_of=terms_of,
+        terms_of=lambda round_: _terms(asked.experiment(round_), asked),
         epoch=epoch,
         replica=replica,
         recent=recent,
@@ -297,10 +267,10 @@ def rounds_of(
     )
 
 
-def _terms(experiment: Experiment, bundle: Bundle) -> Terms:
+def _terms(experiment: Experiment, plans: Plans) -> Terms:
     fleet, method = experiment.fleet, experiment.method
     return Terms(
-        plan_of=lambda round_: plan_of(experiment, bundle, round_),
+        plan_of=plans,
         rounds=experiment.rounds,
         batch_size=method.batch_size,
         central=method.difference == "central",
@@ -374,9 +344,9 @@ def _train(
     replica = resume_replica(bundle, log, checkpoint=out / CHECKPOINT, run=experiment.name)
     judge = Evaluator(bundle, replica, test)
     log.add_event("coordinator started", "", f"epoch {epoch}, round {replica.round}")
-    changes = Changes(experiment, log)
+    plans = Plans(experiment, bundle, log.texts_of(CHANGED))
     recent = list(log.records(max(0, replica.round - 4)))
-    rounds = rounds_of(experiment, bundle, replica, epoch=epoch, recent=recent, changes=changes)
+    rounds = rounds_of(experiment, bundle, replica, epoch=epoch, recent=recent, plans=plans)
     accuracy: float | None = None
 
     def evaluate_now() -> None:
@@ -388,20 +358,15 @@ def _train(
 
     def on_commit(record: RoundRecord, loss: float | None) -> None:
         done = record.plan.round + 1
-        present = changes.latest
+        present = plans.experiment(done)
         for text in health.observe(record, loss, replica):
             log.add_event("health", "", f"round {record.plan.round}: {text}")
             observer.line(f"round {done}: {text}")
         if done % present.evaluation.every == 0 or done == present.rounds:
             evaluate_now()
+        agents = len(experiment.agents)
         observer.round(
-            done,
-            present.rounds,
-            math.nan if loss is None else loss,
-            accuracy,
-            service.online(),
-            len(experiment.agents),
-            *service.bytes_seen(),
+            Standing(done, present.rounds, loss, accuracy, service.online(), agents, *service.bytes_seen())
         )
 
     with _fleet(experiment, out, broker, log) as supervisor:
@@ -426,7 +391,7 @@ def _train(
             on_commit=on_commit,
             on_idle=on_idle,
         )
-        control = Control(log, changes, service, on_change=lambda text: observer.line(f"changed: {text}"))
+        control = Control(log, plans, service, on_change=lambda text: observer.line(f"changed: {text}"))
         observer.stage(f"training {len(experiment.agents)} agents by {experiment.method.name}")
         if replica.round == 0:
             evaluate_now()

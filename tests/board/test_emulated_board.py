@@ -20,11 +20,12 @@ from coordinator.cli import main
 from coordinator.config import load_experiment
 from coordinator.flash.card import FOLDER
 from coordinator.flash.volume import boot_volume_of_image
+from coordinator.plans import plan_of
 from coordinator.progress import LineProgress
 from coordinator.rounds import Rounds, Terms
 from coordinator.scalar_log import ScalarLog
 from coordinator.service import Service
-from coordinator.testbed import plan_of, prepare
+from coordinator.testbed import prepare
 from edge_agent.bundle import read_bundle
 from edge_agent.link import MqttLink
 from edge_agent.topics import Topics
