@@ -15,7 +15,7 @@ from coordinator.plans import CHANGED, Plans
 from coordinator.rebuild import CHECKPOINT, resume_replica
 from coordinator.scalar_log import ScalarLog
 from coordinator.service import Service
-from coordinator.testbed import rounds_of
+from coordinator.testbed import ledger_of, rounds_of
 from edge_agent.bundle import read_bundle
 from edge_agent.link import MqttLink
 from edge_agent.topics import Topics
@@ -50,7 +50,10 @@ def serve_run(
         log.add_event("coordinator started", "", f"epoch {epoch}, round {replica.round}")
         plans = Plans(experiment, bundle, log.texts_of(CHANGED))
         recent = list(log.records(max(0, replica.round - 4)))
-        rounds = rounds_of(experiment, bundle, replica, epoch=epoch, recent=recent, plans=plans)
+        ledger = ledger_of(experiment, bundle, log)
+        rounds = rounds_of(
+            experiment, bundle, replica, epoch=epoch, recent=recent, plans=plans, ledger=ledger
+        )
         link = MqttLink(broker, client_id=f"{experiment.name}-coordinator")
         service = Service(
             link=link,

@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from coordinator.config import dump, load_experiment
 from coordinator.control import Control
 from coordinator.experiment import AgentPlan, Experiment
 from coordinator.health import Health
+from coordinator.ledger import Ledger
 from coordinator.partition import partition
 from coordinator.plans import CHANGED, Plans
+from coordinator.pricing import price_of
 from coordinator.progress import Observer, Standing
 from coordinator.rebuild import CHECKPOINT, resume_replica
 from coordinator.reference import Reference
@@ -46,6 +49,7 @@ from profiles.errors import ConfigError, DataError, ScalarfedError
 __all__ = [
     "Evaluator",
     "evaluate",
+    "ledger_of",
     "make_bundle",
     "prepare",
     "read_samples",
@@ -226,6 +230,8 @@ def _predict(experiment: Experiment, bundle: Bundle, agent: AgentPlan, samples: 
         data_bytes=samples.x.nbytes + samples.y.nbytes,
         graph_bytes=bundle.graph_path.stat().st_size,
     )
+    if experiment.fleet.unfit == "fit":
+        return prediction
     check_memory(
         prediction,
         agent.memory_mib,
@@ -244,6 +250,7 @@ def rounds_of(
     epoch: int,
     recent: Sequence[RoundRecord] = (),
     plans: Plans | None = None,
+    ledger: Ledger | None = None,
 ) -> Rounds:
     """Return the state machine of an experiment's rounds, not yet started.
 
@@ -254,6 +261,7 @@ def rounds_of(
         epoch: Incarnation of the coordinator.
         recent: The records just before that round.
         plans: What each round asks; the experiment's own plans where left out.
+        ledger: What the agents may spend.
     """
     asked = plans or Plans(experiment, bundle)
     return Rounds(
@@ -264,6 +272,20 @@ def rounds_of(
         recent=recent,
         seed=experiment.seed,
         reference=_reference(experiment, bundle, replica),
+        ledger=ledger,
+    )
+
+
+def ledger_of(experiment: Experiment, bundle: Bundle, log: ScalarLog) -> Ledger:
+    """Return the books of a prepared run, as the log holds them."""
+    agents = experiment.agents
+    predicted = [row.predicted_mib for row in log.fleet()]
+    return Ledger(
+        [agent.name for agent in agents],
+        [agent.budget for agent in agents],
+        price_of(bundle, predicted, batch_size=experiment.method.batch_size),
+        today=lambda: datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        stored=log.accounts(),
     )
 
 
@@ -346,7 +368,8 @@ def _train(
     log.add_event("coordinator started", "", f"epoch {epoch}, round {replica.round}")
     plans = Plans(experiment, bundle, log.texts_of(CHANGED))
     recent = list(log.records(max(0, replica.round - 4)))
-    rounds = rounds_of(experiment, bundle, replica, epoch=epoch, recent=recent, plans=plans)
+    ledger = ledger_of(experiment, bundle, log)
+    rounds = rounds_of(experiment, bundle, replica, epoch=epoch, recent=recent, plans=plans, ledger=ledger)
     accuracy: float | None = None
 
     def evaluate_now() -> None:
