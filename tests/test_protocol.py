@@ -183,11 +183,11 @@ def test_an_excluded_board_is_asked_again_when_it_speaks(tmp_path):
     fleet.run(until=at_round(fleet, 2))
     fleet.boards[0].kill()
     fleet.run(until=at_round(fleet, 7))
-    assert fleet.rounds.members[0].excluded
+    assert fleet.rounds.attendance.members[0].excluded
     fleet.boards[0].boot()
     fleet.run()
-    assert not fleet.rounds.members[0].excluded
-    assert fleet.rounds.members[0].counted > 2
+    assert not fleet.rounds.attendance.members[0].excluded
+    assert fleet.rounds.attendance.members[0].counted > 2
     assert len(fleet.digests()) == 1
 
 
@@ -202,12 +202,37 @@ def test_a_quorum_closes_without_the_absent(tmp_path):
     assert fleet.now - begun < 60.0
 
 
+def test_replies_are_acknowledged_by_the_next_round(tmp_path):
+    """Every agent learns of each of its replies but the last whether it counted."""
+    fleet = FleetInMemory(tmp_path, rounds=10)
+    fleet.run()
+    assert [(board.agent.counted, board.agent.uncounted) for board in fleet.boards] == [(10, 0)] * 3
+
+
+def test_a_reply_that_did_not_count_is_not_acknowledged(tmp_path):
+    """A straggler's board learns that its late reply did not count, and nobody else does."""
+    fleet = FleetInMemory(tmp_path, rounds=6, quorum=2, deadline_s=1.0)
+    slow = fleet.boards[0]
+    fleet.run(until=lambda: fleet.rounds.replica.round == 2)
+    held = []
+    publish = slow.link.publish
+    slow.link.publish = lambda topic, payload, **rest: (
+        held.append((topic, payload)) if "/u/" in topic else publish(topic, payload, **rest)
+    )
+    fleet.run(until=lambda: fleet.rounds.replica.round == 3)
+    slow.link.publish = publish
+    fleet.run()
+    assert held
+    assert slow.agent.uncounted >= 1
+    assert [board.agent.uncounted for board in fleet.boards[1:]] == [0, 0]
+
+
 def test_a_smaller_cohort_asks_others_each_round(tmp_path):
     """With a cohort of one of three, every board is asked at some time and all replicas agree."""
     fleet = FleetInMemory(tmp_path, cohort=1)
     fleet.run()
     assert len(fleet.digests()) == 1
-    counted = [member.counted for member in fleet.rounds.members]
+    counted = [member.counted for member in fleet.rounds.attendance.members]
     assert sum(counted) == 12
     assert min(counted) >= 1
 
@@ -269,7 +294,7 @@ def test_a_board_that_sends_no_numbers_is_named_and_left_out(tmp_path):
     liar.agent._answer = lie
     fleet.run()
     assert fleet.log.skipped() == 0
-    assert fleet.rounds.members[0].counted == 0
+    assert fleet.rounds.attendance.members[0].counted == 0
     assert fleet.log.count_events("dropped", "board-0") >= 1
     assert fleet.log.count_events("excluded", "board-0") >= 1
     assert len(fleet.digests()) == 1
