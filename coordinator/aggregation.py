@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.wire import Reply, RoundPlan
+from edge_agent.plan import RoundPlan
+from edge_agent.wire import Reply
 
 __all__ = ["RULES", "aggregate", "aggregate_shares", "mean_loss", "tolerated"]
 

@@ -14,7 +14,7 @@ from coordinator.config import with_settings
 from coordinator.experiment import Experiment
 from edge_agent.bundle import Bundle
 from edge_agent.optimizer import METHODS
-from edge_agent.wire import RoundPlan
+from edge_agent.plan import RoundPlan
 from profiles.errors import ConfigError
 
 __all__ = ["CHANGED", "Plans", "plan_of"]

@@ -16,8 +16,9 @@ from edge_agent.grid import RESERVE_STEPS, Segment, Term, chunks, move, perturb
 from edge_agent.head import chosen
 from edge_agent.noise import values
 from edge_agent.optimizer import method_by_code
+from edge_agent.plan import RoundPlan
 from edge_agent.replay import Replica, move_head
-from edge_agent.wire import LARGEST_SCALAR, RoundPlan
+from edge_agent.wire import LARGEST_SCALAR
 from profiles.errors import EstimateError
 
 __all__ = ["Estimate", "Slope", "batches_per_step", "estimate", "one_sided", "two_point"]

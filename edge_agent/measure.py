@@ -16,8 +16,9 @@ from edge_agent.data import Samples, batch_indices, to_inputs
 from edge_agent.estimator import Estimate, Slope, batches_per_step, estimate
 from edge_agent.forward import Forward
 from edge_agent.optimizer import method_by_code
+from edge_agent.plan import RoundPlan
 from edge_agent.replay import Replica
-from edge_agent.wire import RoundOpen, RoundPlan
+from edge_agent.wire import RoundOpen
 from profiles.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -33,7 +33,8 @@ from edge_agent.moments import Clock, descend, follow
 from edge_agent.native.kernel import Learning, find_kernel
 from edge_agent.noise import NOISE_VERSION, NoiseKey, hash_words, mix64
 from edge_agent.optimizer import Method, Normaliser, method_by_code
-from edge_agent.wire import RoundPlan, RoundRecord
+from edge_agent.plan import RoundPlan
+from edge_agent.wire import RoundRecord
 from profiles.errors import DigestError, LogError
 
 __all__ = ["Replica", "apply_record", "apply_records", "move_head"]

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from edge_agent.optimizer import METHODS
+from edge_agent.plan import RoundPlan
 from edge_agent.wire import (
     MAX_MESSAGE,
     Cohort,
     Reply,
     RoundOpen,
-    RoundPlan,
     RoundRecord,
     Slice,
     SliceRequest,

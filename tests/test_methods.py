@@ -9,9 +9,10 @@ from edge_agent.estimator import estimate
 from edge_agent.grid import plan_segments, snap
 from edge_agent.noise import values
 from edge_agent.optimizer import METHODS, method_by_code
+from edge_agent.plan import RoundPlan
 from edge_agent.replay import Replica, apply_record
 from edge_agent.state import load_replica, save_replica
-from edge_agent.wire import RoundPlan, RoundRecord
+from edge_agent.wire import RoundRecord
 
 SIZE = 1280
 TENSORS = ((0, 640), (640, 1000), (1008, 1280))

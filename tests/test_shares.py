@@ -12,8 +12,9 @@ from edge_agent.estimator import estimate
 from edge_agent.grid import plan_segments, snap
 from edge_agent.noise import values
 from edge_agent.optimizer import METHODS
+from edge_agent.plan import RoundPlan
 from edge_agent.replay import Replica, apply_record
-from edge_agent.wire import Reply, RoundPlan, RoundRecord, decode_record, encode_record
+from edge_agent.wire import Reply, RoundRecord, decode_record, encode_record
 from profiles.errors import ConfigError, WireError
 
 SIZE = 800

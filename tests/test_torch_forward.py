@@ -17,9 +17,10 @@ from edge_agent.forward import Forward
 from edge_agent.measure import forward_for, measure, refuse_without_torch
 from edge_agent.noise import values
 from edge_agent.optimizer import METHODS
+from edge_agent.plan import RoundPlan
 from edge_agent.replay import apply_record
 from edge_agent.torch_forward import TorchForward
-from edge_agent.wire import Cohort, RoundOpen, RoundPlan, RoundRecord
+from edge_agent.wire import Cohort, RoundOpen, RoundRecord
 from profiles.budget import predict_peak_mib
 from profiles.cost import graph_cost
 from profiles.errors import ConfigError
@@ -253,7 +254,8 @@ def test_the_budget_says_what_torch_costs(method, batch, tmp_path):
         "from edge_agent.data import load_samples\n"
         "from edge_agent.measure import forward_for, measure\n"
         "from edge_agent.optimizer import METHODS\n"
-        "from edge_agent.wire import Cohort, RoundOpen, RoundPlan\n"
+        "from edge_agent.plan import RoundPlan\n"
+        "from edge_agent.wire import Cohort, RoundOpen\n"
         "from profiles.memory import peak_rss_mib\n"
         "home, name, batch = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])\n"
         "bundle, rule = read_bundle(home), METHODS[name]\n"
