@@ -111,7 +111,7 @@ class Method:
     learning_rate: Annotated[
         float, Number(above=0, remedy="Try 0.01 first, and a tenth of it if the loss climbs.")
     ]
-    name: Annotated[str, Choice(tuple(METHODS))] = "headstep"
+    name: Annotated[str, Choice(tuple(METHODS))] = "deepstep"
     epsilon: Annotated[float, Number(above=0, most=1, remedy="1e-3 suits most nets.")] = 1e-3
     perturbations: Annotated[int, Whole(1, 65535, remedy="8 is a good start.")] = 8
     exact: Annotated[int, Whole(0, 16384, remedy="64 is a good start; each is 4 bytes of a reply.")] = 64

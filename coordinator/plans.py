@@ -110,7 +110,8 @@ def plan_of(experiment: Experiment, bundle: Bundle, round_: int) -> RoundPlan:
         for name, value in settings.constants.items()
     }
     last = settings.constants.get("layers")
-    exact = [tensor for tensor in bundle.tensors if tensor.name in bundle.head]
+    told = (bundle.head, bundle.hidden)[: method.head]
+    exact = [tensor for tensor in bundle.tensors if any(tensor.name in layer for layer in told)]
     if last is not None:
         exact = [tensor for layer in bundle.layers[-int(last) :] for tensor in layer]
     return RoundPlan(

@@ -62,6 +62,7 @@ class Bundle:
             ``weight_bytes`` and what else the exporter knew.
         pruning: How the net was made smaller.
         head: Names of the tensors whose gradient the graph tells as ``head_gradient``; empty if it does not.
+        hidden: The same of the linear layer before the last, and ``hidden_gradient``.
         variants: Names of further graphs that compute the same with operators of the compiled kernel.
         identity: SHA-256 of the manifest, hexadecimal: names the bundle.
     """
@@ -76,6 +77,7 @@ class Bundle:
     cost: Mapping[str, int]
     pruning: Mapping[str, Any]
     head: tuple[str, ...]
+    hidden: tuple[str, ...]
     variants: tuple[str, ...]
     identity: str
 
@@ -108,6 +110,7 @@ class Bundle:
             self.segments,
             tensors=tuple(spans.values()),
             head=tuple(spans[name] for name in self.head),
+            hidden=tuple(spans[name] for name in self.hidden),
             layers=tuple(tuple(spans[tensor.name] for tensor in layer) for layer in self.layers),
         )
 
@@ -143,6 +146,7 @@ def write_bundle(
     cost: Mapping[str, int],
     pruning: Mapping[str, Any],
     head: Sequence[str] = (),
+    hidden: Sequence[str] = (),
     variants: Mapping[str, bytes] | None = None,
 ) -> Bundle:
     """Write a bundle folder; the weights are moved to the nearest points of their grids.
@@ -159,6 +163,7 @@ def write_bundle(
         pruning: How the net was made smaller.
         head: Names of the last linear layer's tensors, in the order of the layout, if the graph has the
             output ``head_gradient``: their gradient, row by row and one tensor after the other.
+        hidden: The same of the layer before, whose gradient is the output ``hidden_gradient``.
         variants: ONNX files by name that compute the same with operators of the compiled kernel.
 
     Raises:
@@ -185,6 +190,7 @@ def write_bundle(
         "cost": dict(cost),
         "pruning": dict(pruning),
         "head": list(head),
+        "hidden": list(hidden),
         "variants": list(variants or ()),
         "files": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
     }
@@ -222,6 +228,7 @@ def read_bundle(folder: Path) -> Bundle:
             cost=manifest["cost"],
             pruning=manifest["pruning"],
             head=tuple(manifest.get("head", ())),
+            hidden=tuple(manifest.get("hidden", ())),
             variants=tuple(manifest.get("variants", ())),
             identity=hashlib.sha256(raw).hexdigest(),
         )

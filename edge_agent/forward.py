@@ -90,6 +90,7 @@ class Forward:
                 f"the graph and the manifest differ in {', '.join(sorted(names ^ expected))}: "
                 "every trainable tensor is a graph input"
             )
+        self._told = bool(bundle.head) + bool(bundle.hidden)  # layers whose gradients the graph has
         self._batch_size = 0
         self._outputs: tuple[str, ...] = ()
         self._head_gradient: NDArray[np.float32] | None = None
@@ -135,22 +136,24 @@ class Forward:
             self._session = plain
             self._bind(bundle)
 
-    def loss(self, x: NDArray[np.float32], y: NDArray[np.int64], *, head: bool = False) -> float:
+    def loss(self, x: NDArray[np.float32], y: NDArray[np.int64], *, head: int = 0) -> float:
         """Return the mean loss of a batch: x of shape (n, *sample_shape), y of shape (n,).
 
         Args:
             x: Inputs.
             y: Labels.
-            head: Compute the last layer's gradient in the same pass, for :meth:`head_gradient`.
+            head: Compute the gradients of so many last layers in the same pass, for :meth:`head_gradient`.
         """
         if not head:
             return float(self._run(x, y)[0].numpy())
-        outputs = self._run(x, y, ("loss", "head_gradient"))
-        self._head_gradient = outputs[1].numpy()
+        names = ("head_gradient", "hidden_gradient")[: min(head, self._told)]
+        outputs = self._run(x, y, ("loss", *names))
+        gradients = [output.numpy() for output in outputs[1:]]
+        self._head_gradient = gradients[0] if len(gradients) == 1 else np.concatenate(gradients)
         return float(outputs[0].numpy())
 
     def head_gradient(self) -> NDArray[np.float32]:
-        """Return the gradient of the last layer at the latest loss that was asked for with ``head``.
+        """Return the gradients of the last layers, the last first, at the latest loss with ``head``.
 
         Raises:
             ValueError: None was.

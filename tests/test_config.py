@@ -48,7 +48,7 @@ def test_small_file_gets_every_default(write):
 
     assert (experiment.name, experiment.seed, experiment.rounds) == ("small", 7, 400)
     assert experiment.model.hidden == (64, 32)
-    assert experiment.method.constants == dict(METHODS["headstep"].constants)
+    assert experiment.method.constants == dict(METHODS["deepstep"].constants)
     assert [agent.name for agent in experiment.agents] == ["pi-zero-2w-1", "pi-zero-2w-2"]
     assert experiment.agents[1].memory_mib == load_profile("pi-zero-2w").memory_mib.value
     assert (experiment.cohort_size, experiment.quorum_size) == (2, 2)
