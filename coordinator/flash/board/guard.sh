@@ -7,7 +7,7 @@
 #
 #   guard.sh before|after [ROOT]
 set -u
-opt=${2:-}/opt/scalarfed var=${2:-}/var/lib/scalarfed
+opt=${2:-}/opt/scalarfed var=${2:-}/var/lib/scalarfed etc=${2:-}/etc/scalarfed
 
 if [ "$1" = after ]; then
   [ "${SERVICE_RESULT:-success}" != success ] || exit 0
@@ -27,7 +27,12 @@ former=$(cat "$opt/trial")
 now=$(readlink "$opt/current")
 
 if [ "$(cat "$var/healthy" 2>/dev/null)" = "${now#releases/}" ]; then
-  rm -f "$opt/trial" "$opt/trial.starts"
+  rm -rf "$opt/trial" "$opt/trial.starts" "$var/bundle.former" "$etc/board.json.former"
+  # The one before stays, to be returned to by hand; older ones only fill the card.
+  for release in "$opt/releases"/*; do
+    case releases/${release##*/} in "$now" | "$former") ;; *) rm -rf "$release" ;; esac
+  done
+  echo "${now#releases/} is well" >"$opt/update.outcome"
   echo "scalarfed: ${now#releases/} is well; it stays"
   exit 0
 fi
@@ -37,7 +42,13 @@ if [ $starts -gt 4 ] || [ -f "$var/give-back" ]; then
   if [ -f "$opt/$former/complete" ]; then
     ln -sfn "$former" "$opt/current.new"
     mv -fT "$opt/current.new" "$opt/current"
+    if [ -d "$var/bundle.former" ]; then
+      rm -rf "$var/bundle"
+      mv "$var/bundle.former" "$var/bundle"
+    fi
+    [ ! -f "$etc/board.json.former" ] || mv -f "$etc/board.json.former" "$etc/board.json"
     echo "${now#releases/}" >"$opt/returned-from"
+    echo "returned from ${now#releases/}: it did not join in $starts starts" >"$opt/update.outcome"
     echo "scalarfed: ${now#releases/} did not join in $starts starts; back to ${former#releases/}"
   fi
   rm -f "$opt/trial" "$opt/trial.starts" "$var/give-back"
