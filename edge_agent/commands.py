@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from edge_agent.update import PREFIX, Offer, Verify, fetch_offer, last_number, read_offer
+from edge_agent.update import Offer, fetch_offer, is_genuine, last_number, read_offer
 from profiles.errors import ScalarfedError
 
 __all__ = ["Commands", "find_led"]
@@ -31,7 +31,6 @@ class Commands:
         state: The agent's folder.
         opt: Where releases lie; where there are none, the agent was not installed by us and takes no offer.
         key: The coordinator's public key, hexadecimal; without one no offer is taken.
-        verify: Checks a signature; the project's own where left out.
         leds: Where Linux shows a board's lights.
         fetch: Brings an offer's files.
     """
@@ -42,11 +41,10 @@ class Commands:
         *,
         opt: Path,
         key: str,
-        verify: Verify | None = None,
         leds: Path = Path("/sys/class/leds"),
         fetch: Callable[..., None] = fetch_offer,
     ) -> None:
-        self._state, self._opt, self._key, self._verify = state, opt, key, verify
+        self._state, self._opt, self._key = state, opt, key
         self._leds, self._fetch = leds, fetch
         self._thread: threading.Thread | None = None
         self._waiting: Offer | None = None
@@ -116,13 +114,9 @@ class Commands:
             return "this board was flashed without its coordinator's key; flash it again"
         here = (platform.machine(), ".".join(platform.python_version_tuple()[:2]))
         if (offer.machine, offer.python) != here:
-            return f"{offer.release} is for {offer.machine}, Python {offer.python}; this is {', Python '.join(here)}"
-        verify = self._verify
-        if verify is None:
-            from edge_agent.signature import verify as verify_signature
-
-            verify = verify_signature
-        if not verify(self._key, PREFIX + offer.statement, offer.signature):
+            wanted = f"{offer.machine} with Python {offer.python}"
+            return f"{offer.release} is for {wanted}, this is {' with Python '.join(here)}"
+        if not is_genuine(offer, self._key):
             return "the offer is not signed by this board's coordinator"
         return ""
 

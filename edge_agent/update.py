@@ -1,4 +1,4 @@
-"""A new release or bundle: offered, fetched by the agent, taken over by root, which trusts the agent in nothing.
+"""A new release or bundle: offered, fetched by the agent, taken over by root, which does not trust it.
 
 The agent runs as a user of its own and could be another's one day. So it only fetches, into its own folder;
 a helper that runs as root (``care.sh``) copies the files out of there and installs them if the offer bears
@@ -22,13 +22,21 @@ from pathlib import Path
 from typing import Any
 
 from edge_agent.fetch import fetch
+from edge_agent.signature import is_signed
 from profiles.errors import FetchError, ScalarfedError
 
-__all__ = ["PREFIX", "Offer", "fetch_offer", "last_number", "main", "make_offer", "read_offer", "take_over"]
+__all__ = [
+    "Offer",
+    "fetch_offer",
+    "is_genuine",
+    "last_number",
+    "main",
+    "make_offer",
+    "read_offer",
+    "take_over",
+]
 
-PREFIX = b"scalarfed update 1\n"
-"""Stands before what is signed, so that no other signed message can pass for an offer."""
-
+_PREFIX = b"scalarfed update 1\n"  # no other message that is signed can pass for an offer
 _FORMAT = 1
 _LONGEST = 64 << 10
 _MOST_BYTES = 1 << 30
@@ -39,9 +47,6 @@ _HASH = re.compile(r"[0-9a-f]{64}")
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 _PIECE = 64 << 10
 
-Verify = Callable[[str, bytes, bytes], bool]
-"""From a public key (hexadecimal), a message and its signature to whether they belong together."""
-
 
 @dataclass(frozen=True)
 class Offer:
@@ -49,7 +54,7 @@ class Offer:
 
     Attributes:
         url: Where its files lie, without a slash at the end.
-        statement: The bytes that are signed, without :data:`PREFIX`.
+        statement: The bytes that are signed, as JSON.
         signature: Ed25519, 64 bytes.
         number: Grows from offer to offer; a board never takes a lower one.
         release: Its name.
@@ -114,10 +119,12 @@ def make_offer(
         "run": run,
         "machine": machine,
         "python": python,
-        "files": [[path, hashlib.sha256(data).hexdigest(), len(data)] for path, data in sorted(files.items())],
+        "files": [
+            [path, hashlib.sha256(data).hexdigest(), len(data)] for path, data in sorted(files.items())
+        ],
     }
     statement = json.dumps(told, separators=(",", ":")).encode()
-    made = {"url": url, "statement": statement.decode(), "signature": sign(PREFIX + statement).hex()}
+    made = {"url": url, "statement": statement.decode(), "signature": sign(_PREFIX + statement).hex()}
     return read_offer(json.dumps(made).encode())
 
 
@@ -154,6 +161,15 @@ def read_offer(payload: bytes) -> Offer:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FetchError(f"the offer of a release is malformed: {error!s:.100}") from None
     return offer
+
+
+def is_genuine(offer: Offer, key: str) -> bool:
+    """Return whether an offer is signed by the owner of a public key, hexadecimal; none owns an empty one."""
+    try:
+        owner = bytes.fromhex(key)
+    except ValueError:
+        return False
+    return len(owner) == 32 and is_signed(_PREFIX + offer.statement, offer.signature, key=owner)
 
 
 def last_number(opt: Path) -> int:
@@ -220,20 +236,19 @@ def fetch_offer(
     beside.replace(folder / "offer.json")
 
 
-def take_over(folder: Path, target: Path, *, key: str, verify: Verify) -> Offer:
+def take_over(folder: Path, target: Path, *, key: str) -> Offer:
     """Copy what an agent fetched to where only root writes, checking all of it on the way; return the offer.
 
     Args:
         folder: The agent's, from :func:`fetch_offer`; nothing in it is believed.
         target: Root's; it is there whole, with a ``MANIFEST``, or not at all.
         key: The coordinator's public key, hexadecimal.
-        verify: Checks a signature.
 
     Raises:
         FetchError: The signature or a file is not what it must be.
     """
     offer = read_offer(_read_plain(folder / "offer.json", most=_LONGEST))
-    if not verify(key, PREFIX + offer.statement, offer.signature):
+    if not is_genuine(offer, key):
         raise FetchError("the offer is not signed by this board's coordinator")
     beside = target.with_name(f"{target.name}.new")
     shutil.rmtree(beside, ignore_errors=True)
@@ -255,7 +270,7 @@ def take_over(folder: Path, target: Path, *, key: str, verify: Verify) -> Offer:
     return offer
 
 
-def main(arguments: Sequence[str] | None = None, *, verify: Verify | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Check what an agent fetched and leave it in ``OPT/incoming``; return the exit code.
 
     Prints one line: the release, or why it is refused. The offer's number is written as
@@ -264,11 +279,7 @@ def main(arguments: Sequence[str] | None = None, *, verify: Verify | None = None
     state, opt, settings = (Path(word) for word in (sys.argv[1:] if arguments is None else arguments))
     try:
         key = str(json.loads(settings.read_text(encoding="utf-8")).get("signing_key") or "")
-        if verify is None:
-            from edge_agent.signature import verify as verify_signature
-
-            verify = verify_signature
-        offer = take_over(state / "update", opt / "incoming", key=key, verify=verify)
+        offer = take_over(state / "update", opt / "incoming", key=key)
         if offer.number < last_number(opt):
             raise FetchError(f"the offer of {offer.release} is older than what this board has taken")
         beside = opt / "update.number.new"

@@ -18,6 +18,7 @@ __all__ = [
     "ModelError",
     "ProfileError",
     "ScalarfedError",
+    "SecurityError",
     "StateError",
     "WireError",
 ]
@@ -140,3 +141,10 @@ class FetchError(ScalarfedError):
 
     hint = "Look whether the server is still there and has the file of the same release or run."
     exit_code = 21
+
+
+class SecurityError(ScalarfedError):
+    """A certificate, token, key or signature is not what it must be, or a channel is not protected."""
+
+    hint = "docs/security.md tells how a board is enrolled, and what to do when a key is lost."
+    exit_code = 22
