@@ -17,6 +17,7 @@ from typing import Any
 
 from edge_agent.agent import Agent, Report
 from edge_agent.bundle import Bundle, read_bundle
+from edge_agent.commands import Commands
 from edge_agent.data import Samples, load_samples, to_inputs
 from edge_agent.estimator import Estimate
 from edge_agent.forward import Forward
@@ -70,6 +71,7 @@ def main(
     *,
     heart: Heartbeat | None = None,
     on_failure: Callable[[str], None] = lambda _: None,
+    commands: Commands | None = None,
 ) -> int:
     """Run the agent until it is told to stop; return the exit code.
 
@@ -77,13 +79,14 @@ def main(
         arguments: Options; those of this process where left out.
         heart: Told of every progress; one for this process's service manager where left out.
         on_failure: Told why the agent could not go on.
+        commands: Obeys an operator; an agent that no service runs obeys nobody.
     """
     options = _parser().parse_args(arguments)
     logging.basicConfig(
         level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stdout
     )
     try:
-        return _Process(options, heart or Heartbeat()).run()
+        return _Process(options, heart or Heartbeat(), commands).run()
     except ScalarfedError as error:
         on_failure(str(error))
         _LOG.error("%s", error)
@@ -96,8 +99,9 @@ def main(
 class _Process:
     """Everything around the state machine that touches the machine: memory, files, clock, network."""
 
-    def __init__(self, options: argparse.Namespace, heart: Heartbeat) -> None:
+    def __init__(self, options: argparse.Namespace, heart: Heartbeat, commands: Commands | None) -> None:
         self.heart = heart
+        self.commands = commands
         for what in ("run", "name", "namespace"):
             if not is_name(getattr(options, what)):
                 raise ConfigError(
@@ -162,6 +166,8 @@ class _Process:
         )
         link.subscribe(self.topics.control)
         link.subscribe(self.topics.answer(self.options.name))
+        if self.commands is not None:
+            link.subscribe(self.topics.command(self.options.name))
         self.heart.ready(f"{self.bundle.model} loaded, not yet in run {self.options.run}")
         try:
             while not self.stopping.is_set():
@@ -191,11 +197,17 @@ class _Process:
             outgoing = self.agent.on_tick(now)
         elif event.topic == self.topics.control:
             outgoing = self._on_control(link, event.payload, now)
+        elif self.commands is not None and event.topic == self.topics.command(self.options.name):
+            self.commands.obey(event.payload)
+            self.status_at = 0.0
+            outgoing = []
         else:
             outgoing = self.agent.on_message(event.payload, now)
         for message in outgoing:
             self._send(link, message)
         self._save(force=False)
+        if self.commands is not None:
+            self.commands.tick()
         if time.monotonic() - self.status_at >= _STATUS_EVERY_S:
             self._publish_status(link)
 
@@ -296,6 +308,7 @@ class _Process:
             "traffic": vars(traffic).copy(),
             "temperature_c": telemetry.get("temperature_c"),
             "telemetry": telemetry,
+            **(self.commands.status() if self.commands else {}),
         }
         link.publish(self.topics.status(self.options.name), json.dumps(status).encode(), retain=True)
 

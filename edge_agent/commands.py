@@ -5,7 +5,6 @@ only root may do is asked for by a file in ``asks``, which ``care.sh`` looks at;
 believes nothing of what the agent says. Knows files and threads, not MQTT.
 """
 
-import contextlib
 import json
 import logging
 import os
@@ -20,6 +19,7 @@ from profiles.errors import ScalarfedError
 __all__ = ["Commands", "find_led"]
 
 _LEDS = ("ACT", "led0", "mmc0::", "mmc0", "PWR", "led1")
+_BOOTS = ("/boot/firmware", "/boot")
 _LONGEST_BLINK_S = 60
 _LOG = logging.getLogger("scalarfed-agent")
 
@@ -48,7 +48,8 @@ class Commands:
         self._leds, self._fetch = leds, fetch
         self._thread: threading.Thread | None = None
         self._waiting: Offer | None = None
-        self._said = self._outcome_before = self._outcome()
+        self._outcome_before = self._outcome()
+        self._fares: tuple[str, int, str] = self._outcome_before
 
     @property
     def release(self) -> str:
@@ -58,18 +59,23 @@ class Commands:
         except OSError:
             return ""
 
-    @property
-    def number(self) -> int:
-        """The number of the last offer that root has dealt with; 0 before the first."""
-        return last_number(self._opt)
-
-    @property
-    def said(self) -> str:
-        """How the last command fares, for the status; printable."""
+    def status(self) -> dict[str, str | int]:
+        """Return what belongs into a status: what the board is, its release, how the last command fares."""
         outcome = self._outcome()
         if outcome != self._outcome_before:  # root has written down what became of it
-            self._said = self._outcome_before = outcome
-        return "".join(letter if letter.isprintable() else " " for letter in self._said)[:200]
+            self._fares = self._outcome_before = outcome
+        word, number, said = self._fares
+        if word == "trial" and self._healthy():
+            word, said = "well", f"{self.release} has joined its run"
+        machine, python = _here()
+        return {
+            "machine": machine,
+            "python": python,
+            "release": self.release,
+            "update": "".join(letter if letter.isprintable() else " " for letter in said)[:200],
+            "update_state": word,
+            "update_number": number,
+        }
 
     def obey(self, payload: bytes) -> None:
         """Take in a command; one that is malformed or unknown is named and changes nothing."""
@@ -81,29 +87,32 @@ class Commands:
         if what == "update":
             self._take(payload)
         elif what == "locate":
-            self._locate(told.get("seconds"))
+            self._locate(told.get("seconds"), told.get("number"))
         elif payload:
-            self._said = "a command that this release does not know"
+            self._tell("refused", 0, "a command that this release does not know")
 
     def tick(self) -> None:
-        """Begin what had to wait for a trial to end."""
-        if self._waiting is not None and not self._busy() and not (self._opt / "trial").exists():
+        """Begin what had to wait: for a trial to end, or for another fetch."""
+        if self._waiting is not None and not self._busy() and not self._on_trial():
             offer, self._waiting = self._waiting, None
             self._start(offer)
 
     def _take(self, payload: bytes) -> None:
         try:
             offer = read_offer(payload)
+        except ScalarfedError as error:
+            self._tell("refused", 0, str(error))
+            return
+        try:
             refusal = self._refusal(offer)
         except ScalarfedError as error:
-            offer, refusal = None, str(error)
+            refusal = str(error)
         if refusal:
-            _LOG.warning("update refused: %s", refusal)
-            self._said = f"refused: {refusal}"
-        elif offer is not None and offer.number > last_number(self._opt):
+            self._tell("refused", offer.number, refusal)
+        elif offer.number > last_number(self._opt):
             self._waiting = offer
-            if (self._opt / "trial").exists():
-                self._said = f"{offer.release} waits: {self.release} is still on trial"
+            if self._on_trial():
+                self._tell("waiting", offer.number, f"{self.release} is still on trial")
             self.tick()
 
     def _refusal(self, offer: Offer) -> str:
@@ -112,10 +121,9 @@ class Commands:
             return "this agent was not installed by `scalarfed flash`; update it as it was installed"
         if not self._key:
             return "this board was flashed without its coordinator's key; flash it again"
-        here = (platform.machine(), ".".join(platform.python_version_tuple()[:2]))
-        if (offer.machine, offer.python) != here:
+        if (offer.machine, offer.python) != _here():
             wanted = f"{offer.machine} with Python {offer.python}"
-            return f"{offer.release} is for {wanted}, this is {' with Python '.join(here)}"
+            return f"{offer.release} is for {wanted}, this is {' with Python '.join(_here())}"
         if not is_genuine(offer, self._key):
             return "the offer is not signed by this board's coordinator"
         return ""
@@ -126,35 +134,31 @@ class Commands:
     def _start(self, offer: Offer) -> None:
         def work() -> None:
             def tell(there: int) -> None:
-                self._said = f"fetching {offer.release}: {there >> 20} of {offer.size >> 20} MiB"
+                said = f"{offer.release}: {there >> 20} of {offer.size >> 20} MiB are here"
+                self._fares = ("fetching", offer.number, said)
 
             try:
-                sources = [Path(place) / "scalarfed" for place in ("/boot/firmware", "/boot")]
-                self._fetch(
-                    offer, self._state / "update", sources=[self._opt / "payload", *sources], on_bytes=tell
-                )
+                places = [self._opt / "payload", *(Path(boot) / "scalarfed" for boot in _BOOTS)]
+                self._fetch(offer, self._state / "update", sources=places, on_bytes=tell)
                 self._ask("update", "")
-                self._said = f"{offer.release} is fetched; root installs it"
-                _LOG.info("%s", self._said)
+                self._tell("fetched", offer.number, f"{offer.release} is here; root installs it")
             except (ScalarfedError, OSError) as error:
-                self._said = f"not fetched: {error}"
-                _LOG.warning("update %s", self._said)
+                self._tell("failed", offer.number, f"{offer.release} was not fetched: {error}")
 
-        self._said = f"fetching {offer.release}"
-        _LOG.info("%s from %s", self._said, offer.url)
+        self._tell("fetching", offer.number, f"{offer.release} from {offer.url}")
         self._thread = threading.Thread(target=work, name="update", daemon=True)
         self._thread.start()
 
-    def _locate(self, seconds: object) -> None:
+    def _locate(self, seconds: object, number: object) -> None:
         led = find_led(self._leds)
+        asked = number if isinstance(number, int) and 0 <= number < 2**63 else 0
         if led is None:
-            self._said = "locate: this board has no light that software can blink"
+            self._tell("locate", asked, "this board has no light that software can blink")
         elif isinstance(seconds, int) and 1 <= seconds <= _LONGEST_BLINK_S:
             self._ask("locate", f"{seconds}\n")
-            self._said = f"locate: {led} blinks for {seconds} s"
+            self._tell("locate", asked, f"{led} blinks for {seconds} s")
         else:
-            self._said = f"locate: 1 to {_LONGEST_BLINK_S} seconds"
-        _LOG.info("%s", self._said)
+            self._tell("locate", asked, f"1 to {_LONGEST_BLINK_S} seconds are possible")
 
     def _ask(self, what: str, text: str) -> None:
         folder = self._state / "asks"
@@ -163,11 +167,31 @@ class Commands:
         beside.write_text(text, encoding="ascii")
         beside.replace(folder / what)
 
-    def _outcome(self) -> str:
-        """Return what became of the last update, as root wrote it down."""
-        with contextlib.suppress(OSError):
-            return (self._opt / "update.outcome").read_text(encoding="utf-8", errors="replace").strip()
-        return ""
+    def _tell(self, word: str, number: int, said: str) -> None:
+        self._fares = (word, number, said)
+        _LOG.info("command: %s: %s", word, said)
+
+    def _on_trial(self) -> bool:
+        return (self._opt / "trial").exists() and not self._healthy()
+
+    def _healthy(self) -> bool:
+        try:
+            return (self._state / "healthy").read_text(encoding="utf-8").strip() == self.release != ""
+        except OSError:
+            return False
+
+    def _outcome(self) -> tuple[str, int, str]:
+        """Return what became of the last update, as root wrote it down: state, the offer's number, words."""
+        try:
+            text = (self._opt / "update.outcome").read_text(encoding="utf-8", errors="replace")
+            word, number, said = text.strip().split(" ", 2)
+            return word, int(number), said
+        except (OSError, ValueError):
+            return "", 0, ""
+
+
+def _here() -> tuple[str, str]:
+    return platform.machine(), ".".join(platform.python_version_tuple()[:2])
 
 
 def find_led(leds: Path = Path("/sys/class/leds")) -> str | None:

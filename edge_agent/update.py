@@ -58,7 +58,6 @@ class Offer:
         signature: Ed25519, 64 bytes.
         number: Grows from offer to offer; a board never takes a lower one.
         release: Its name.
-        run: Where the board is to take part; empty for where it does.
         machine: As ``uname -m`` says.
         python: Such as ``3.13``.
         files: SHA-256 (hexadecimal) and size in bytes, by path.
@@ -69,7 +68,6 @@ class Offer:
     signature: bytes
     number: int
     release: str
-    run: str
     machine: str
     python: str
     files: Mapping[str, tuple[str, int]]
@@ -94,7 +92,6 @@ def make_offer(
     url: str,
     number: int,
     release: str,
-    run: str,
     machine: str,
     python: str,
     files: Mapping[str, bytes],
@@ -106,7 +103,6 @@ def make_offer(
         url: Where the boards find them.
         number: Larger than that of any offer before.
         release: Its name.
-        run: Where the boards are to take part; empty for where they do.
         machine: As ``uname -m`` says.
         python: Such as ``3.13``.
         files: The payload.
@@ -116,7 +112,6 @@ def make_offer(
         "format": _FORMAT,
         "number": number,
         "release": release,
-        "run": run,
         "machine": machine,
         "python": python,
         "files": [
@@ -148,7 +143,6 @@ def read_offer(payload: bytes) -> Offer:
             signature=bytes.fromhex(told["signature"]),
             number=_whole(said["number"], most=2**63),
             release=_matching(_WORD, said["release"]),
-            run=_matching(_WORD, said["run"]) if said["run"] else "",
             machine=_matching(_WORD, said["machine"]),
             python=_matching(_WORD, said["python"]),
             files={

@@ -22,6 +22,7 @@ from coordinator.cli import (
     simulate,
     swarm,
     testbed,
+    update,
 )
 from profiles.errors import ScalarfedError
 
@@ -42,6 +43,7 @@ app = typer.Typer(
 app.add_typer(testbed.app, name="testbed")
 app.add_typer(flash.app, name="flash")
 app.add_typer(devices.app, name="devices")
+app.command(name="update", epilog=update.EXAMPLE)(update.update)
 app.command(name="doctor", epilog=doctor.EXAMPLE)(doctor.doctor)
 app.command(name="simulate", epilog=simulate.EXAMPLE)(simulate.simulate)
 app.add_typer(log.app, name="log")

@@ -89,6 +89,7 @@ def make_plan(
         raise FlashError(
             f"a budget of {memory_mib:g} MiB makes no sense", hint="The agent alone needs about 64 MiB."
         )
+    signing_key = _signing_key()
     plans = []
     for name in names:
         on_board = data.removeprefix(_ON_BOARD) if data.startswith(_ON_BOARD) else ""
@@ -100,10 +101,17 @@ def make_plan(
             )
         settings = Settings(
             name, broker, run or run_of_bundle(bundle), memory_mib, profile=profile, data=on_board,
-            credentials=Credentials(),
+            credentials=Credentials(signing_key=signing_key),
         )  # fmt: skip
         plans.append(Plan(settings, bundle, travels))
     return plans
+
+
+def _signing_key() -> str:
+    """Return the public key of this machine's authority, which is made where there is none."""
+    from coordinator.authority import Authority, default_folder
+
+    return Authority.create(default_folder()).signing_key
 
 
 def next_free(pattern: str) -> list[str]:

@@ -71,11 +71,13 @@ class Credentials:
         token: Single use; empty where the broker asks for none.
         fingerprint: SHA-256 of the coordinator's authority, hexadecimal; empty likewise.
         enrol: Address at which the token is exchanged for a certificate; empty likewise.
+        signing_key: Public key of what the coordinator signs, hexadecimal; without it no update is taken.
     """
 
     token: str = field(default="", repr=False)
     fingerprint: str = ""
     enrol: str = ""
+    signing_key: str = ""
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,7 @@ class Settings:
             "token": self.credentials.token,
             "fingerprint": self.credentials.fingerprint,
             "enrol": self.credentials.enrol,
+            "signing_key": self.credentials.signing_key,
         }
         return (json.dumps(told, indent=1) + "\n").encode()
 

@@ -13,17 +13,18 @@ for place in "$root/boot/firmware" "$root/boot"; do
   [ -f "$place/scalarfed/report.txt" ] && report=$place/scalarfed/report.txt && break
 done
 
-outcome() {
-  echo "$1" >"$opt/update.outcome.new"
+outcome() { # outcome STATE WORDS
+  echo "$1 $(cat "$opt/update.number" 2>/dev/null || echo 0) $2" >"$opt/update.outcome.new"
   mv -f "$opt/update.outcome.new" "$opt/update.outcome"
-  echo "scalarfed: $1"
+  echo "scalarfed: update $1: $2"
   # A card wears out by writing: offers that are refused for ever say so for a while only.
   [ "$(wc -c <"$report" 2>/dev/null || echo 0)" -ge 32768 ] ||
-    echo "$(cut -d' ' -f1 /proc/uptime) $2: $1" >>"$report"
+    echo "$(cut -d' ' -f1 /proc/uptime) update $1: $2" >>"$report"
 }
 
 if [ -e "$asks/update" ]; then
   python=$opt/current/venv/bin/python
+  sh "$opt/guard.sh" joined "$root" # a release that has joined is no longer on trial
   if [ -f "$opt/trial" ]; then
     : # the agent waits for a trial to end; whoever does not is not heard
   elif said=$("$python" -I -m edge_agent.update "$var" "$opt" "$root/etc/scalarfed/board.json" 2>&1); then
@@ -31,13 +32,13 @@ if [ -e "$asks/update" ]; then
     if SCALARFED_REPORT=$report sh "$opt/incoming/install.sh" ${root:+--root "$root"} ${root:+--no-start}; then
       rm -rf "$opt/payload"
       mv "$opt/incoming" "$opt/payload" # the next update fetches only what differs
-      outcome "$said is installed, on trial" update
+      outcome trial "$said is installed, on trial"
     else
-      outcome "failed: $said did not install; $(tail -n 1 "$report" | cut -d' ' -f2-)" "update FAILED"
+      outcome failed "$said did not install: $(grep FAILED "$report" | tail -n 1 | cut -d' ' -f2-)"
     fi
     rm -rf "$var/update"
   else
-    outcome "refused: $(echo "$said" | tail -n 1)" "update REFUSED"
+    outcome refused "$(echo "$said" | tail -n 1)"
     rm -rf "$var/update"
   fi
   rm -rf "$asks/update"

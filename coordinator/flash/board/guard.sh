@@ -5,7 +5,7 @@
 # started four times, or gives up, without having joined its run. After an end that was none of its own will:
 # appends how it ended to the report on the boot partition, where `scalarfed doctor CARD` finds it.
 #
-#   guard.sh before|after [ROOT]
+#   guard.sh before|after|joined [ROOT]    joined: only end a trial that went well
 set -u
 opt=${2:-}/opt/scalarfed var=${2:-}/var/lib/scalarfed etc=${2:-}/etc/scalarfed
 
@@ -32,10 +32,12 @@ if [ "$(cat "$var/healthy" 2>/dev/null)" = "${now#releases/}" ]; then
   for release in "$opt/releases"/*; do
     case releases/${release##*/} in "$now" | "$former") ;; *) rm -rf "$release" ;; esac
   done
-  echo "${now#releases/} is well" >"$opt/update.outcome"
+  [ ! -f "$opt/update.number" ] ||
+    echo "well $(cat "$opt/update.number") ${now#releases/} is well" >"$opt/update.outcome"
   echo "scalarfed: ${now#releases/} is well; it stays"
   exit 0
 fi
+[ "$1" = before ] || exit 0
 starts=$(($(cat "$opt/trial.starts" 2>/dev/null || echo 0) + 1))
 echo $starts >"$opt/trial.starts"
 if [ $starts -gt 4 ] || [ -f "$var/give-back" ]; then
@@ -48,7 +50,7 @@ if [ $starts -gt 4 ] || [ -f "$var/give-back" ]; then
     fi
     [ ! -f "$etc/board.json.former" ] || mv -f "$etc/board.json.former" "$etc/board.json"
     echo "${now#releases/}" >"$opt/returned-from"
-    echo "returned from ${now#releases/}: it did not join in $starts starts" >"$opt/update.outcome"
+    echo "returned $(cat "$opt/update.number" 2>/dev/null || echo 0) ${now#releases/} did not join in $starts starts" >"$opt/update.outcome"
     echo "scalarfed: ${now#releases/} did not join in $starts starts; back to ${former#releases/}"
   fi
   rm -f "$opt/trial" "$opt/trial.starts" "$var/give-back"
