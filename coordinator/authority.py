@@ -438,7 +438,7 @@ def _hash(token: str) -> str:
 
 
 def _refuse_shared(path: Path) -> None:
-    """Refuse a file or folder that others may use; Windows has no modes, there the user's profile protects."""
+    """Refuse what others may use; Windows has no modes, there the user's profile protects."""
     if hasattr(os, "geteuid") and path.exists() and stat.S_IMODE(path.stat().st_mode) & 0o077:
         raise SecurityError(
             f"{path} may be read by others (mode {stat.S_IMODE(path.stat().st_mode):o}).",
