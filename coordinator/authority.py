@@ -13,7 +13,6 @@ import shutil
 import socket
 import sqlite3
 import ssl
-import stat
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -34,6 +33,7 @@ from coordinator.certificates import (
     public_pem,
     read_request,
 )
+from edge_agent.credentials import refuse_shared, write_secret
 from edge_agent.topics import is_name
 from profiles.errors import SecurityError
 
@@ -130,7 +130,7 @@ class Authority:
                 hint="`scalarfed enrol` makes one; or name the right folder with --authority.",
             )
         for path in (folder, *(folder / name for name in ("ca.key", "signing.key", "authority.sqlite"))):
-            _refuse_shared(path)
+            refuse_shared(path)
 
     @classmethod
     def create(cls, folder: Path, *, clock: Callable[[], float] = time.time) -> "Authority":
@@ -186,13 +186,16 @@ class Authority:
 
         return Ed25519PrivateKey.from_private_bytes((self.folder / "signing.key").read_bytes()).sign
 
-    def take_number(self) -> int:
-        """Return a number above all that were taken, in other processes too; roughly milliseconds."""
+    def take_numbers(self, count: int) -> range:
+        """Return numbers that nobody had before, above all that were taken in any process.
+
+        They begin at the time in milliseconds, so that they rise even if an older copy of the folder is used.
+        """
         with self._database() as database:
             (last,) = database.execute("SELECT value FROM numbers WHERE name = 'said'").fetchone()
-            number = max(int(self._clock() * 1000), last + 1)
-            database.execute("UPDATE numbers SET value = ? WHERE name = 'said'", (number,))
-        return int(number)
+            first = max(int(self._clock() * 1000), last + 1)
+            database.execute("UPDATE numbers SET value = ? WHERE name = 'said'", (first + count - 1,))
+        return range(first, first + count)
 
     def server_identity(self, names: Iterable[str] = ()) -> Identity:
         """Return a new certificate for broker and web server on this machine, also under other names."""
@@ -394,17 +397,6 @@ class Authority:
 _ANOTHER = "Issue another token: scalarfed enrol NAME."
 
 
-def write_secret(path: Path, content: bytes) -> None:
-    """Write a file that only its owner may read, in place of an older one; never readable in between."""
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
-
-
 def _fill(folder: Path, key: "EllipticCurvePrivateKey", *, now: float) -> None:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -435,12 +427,3 @@ def _revoke(database: sqlite3.Connection, name: str, now: float) -> int:
 
 def _hash(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()
-
-
-def _refuse_shared(path: Path) -> None:
-    """Refuse a file or folder that others may use; Windows has no modes, there the user's profile protects."""
-    if hasattr(os, "geteuid") and path.exists() and stat.S_IMODE(path.stat().st_mode) & 0o077:
-        raise SecurityError(
-            f"{path} may be read by others (mode {stat.S_IMODE(path.stat().st_mode):o}).",
-            hint=f"Run chmod go= {path}, and make new keys if somebody may have read it.",
-        )

@@ -60,3 +60,8 @@ class Topics:
     def answer(self, agent: str) -> str:
         """Return where an agent gets the records that it asked for."""
         return f"{self.base}a/{agent}"
+
+    def is_coordinators(self, topic: str) -> bool:
+        """Return whether a topic of the run is one on which only the coordinator speaks."""
+        rest = topic.removeprefix(self.base)
+        return rest != topic and (rest == "ctl" or rest.startswith(("r/", "a/")))
