@@ -41,13 +41,13 @@ if TYPE_CHECKING:
     from cryptography import x509
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey
 
-__all__ = ["COORDINATOR", "OBSERVER", "Authority", "Identity", "Issued", "default_folder", "own_addresses"]
+__all__ = ["COORDINATOR", "OPERATOR", "Authority", "Identity", "Issued", "default_folder", "own_addresses"]
 
 COORDINATOR = "scalarfed:coordinator"
 """Common name of the coordinator; no device can be called so, for a colon is in no name."""
 
-OBSERVER = "scalarfed:observer"
-"""Common name of tools that only look on."""
+OPERATOR = "scalarfed:operator"
+"""Common name of tools that look on, and send commands to boards."""
 
 _SERVER = "scalarfed:server"
 _LIFETIME = timedelta(days=2 * 365)
@@ -57,7 +57,7 @@ CREATE TABLE certificates (
 CREATE TABLE tokens (
     hash TEXT PRIMARY KEY, name TEXT NOT NULL, expires REAL NOT NULL, key_sha256 TEXT, certificate BLOB);
 CREATE TABLE numbers (name TEXT PRIMARY KEY, value INTEGER NOT NULL);
-INSERT INTO numbers VALUES ('list', 0), ('said', 0);
+INSERT INTO numbers VALUES ('list', 0), ('applied', 0), ('said', 0);
 """
 
 
@@ -202,8 +202,8 @@ class Authority:
         return self._own_identity("server", _SERVER, [*own_addresses(), *names])
 
     def role_identity(self, role: str) -> Identity:
-        """Return a new certificate for :data:`COORDINATOR` or :data:`OBSERVER`; its key stays here."""
-        if role not in (COORDINATOR, OBSERVER):
+        """Return a new certificate for :data:`COORDINATOR` or :data:`OPERATOR`; its key stays here."""
+        if role not in (COORDINATOR, OPERATOR):
             raise ValueError(f"{role!r} is no role")
         return self._own_identity(role.partition(":")[2], role)
 
@@ -328,6 +328,20 @@ class Authority:
         found = self.certificates()
         counting = {one.name for one in found if one.revoked is None}
         return frozenset(one.name for one in found) - counting
+
+    def note_applied(self) -> None:
+        """Note that a broker goes by the newest revocation list."""
+        with self._database() as database:
+            database.execute(
+                "UPDATE numbers SET value = (SELECT value FROM numbers WHERE name = 'list') "
+                "WHERE name = 'applied'"
+            )
+
+    def is_applied(self) -> bool:
+        """Return whether a broker has noted that it goes by the newest revocation list."""
+        with self._database() as database:
+            rows = dict(database.execute("SELECT name, value FROM numbers").fetchall())
+        return bool(rows["applied"] == rows["list"])
 
     def _own_identity(self, stem: str, name: str, addresses: Iterable[str] = ()) -> Identity:
         key = new_key()

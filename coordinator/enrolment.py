@@ -14,6 +14,7 @@ from http import HTTPStatus
 from typing import Any
 
 from coordinator.authority import Authority, Identity
+from coordinator.certificates import validity
 from coordinator.web import Answer, Request, WebServer
 from profiles.errors import SecurityError
 
@@ -95,6 +96,7 @@ def add_enrolment(
                 "name": str(asked["name"]),
                 "certificate": certificate.decode("ascii"),
                 "signing_key": authority.signing_key,
+                **dict(zip(("issued", "expires"), validity(certificate), strict=True)),
             }
             return Answer(body=json.dumps(told).encode())
 

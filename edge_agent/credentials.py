@@ -17,7 +17,10 @@ from profiles.errors import SecurityError
 if TYPE_CHECKING:
     import ssl
 
-__all__ = ["Credentials", "client_context", "read_credentials", "refuse_shared", "write_secret"]
+__all__ = ["UNREACHED", "Credentials", "client_context", "read_credentials", "refuse_shared", "write_secret"]
+
+UNREACHED = 69
+"""Exit code of the process that enrols when nobody answered; it is worth trying again."""
 
 _KEY_BYTES = 32
 

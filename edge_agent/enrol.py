@@ -18,14 +18,17 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from edge_agent.credentials import client_context, read_credentials, refuse_shared, write_secret
+from edge_agent.credentials import (
+    UNREACHED,
+    client_context,
+    read_credentials,
+    refuse_shared,
+    write_secret,
+)
 from edge_agent.topics import is_name
 from profiles.errors import ScalarfedError, SecurityError
 
-__all__ = ["UNREACHED", "enrol", "main", "renew"]
-
-UNREACHED = 69
-"""Exit code when nobody answered; it is worth trying again."""
+__all__ = ["enrol", "main", "renew"]
 
 _PATIENCE_S = 30.0
 _LARGEST = 64 << 10
@@ -94,7 +97,7 @@ def renew(folder: Path) -> None:
     request = _request_of(fresh, str(told["name"]))
     context = client_context(credentials.ca, credentials.certificate, credentials.key)
     answer = _post(str(told["url"]), "/renew", {"name": told["name"], "request": request.decode()}, context)
-    _keep(folder, answer, fresh, told)
+    _keep(folder, answer, fresh, {key: str(told[key]) for key in ("name", "url")})
 
 
 def _fetch_authority(url: str, ca_sha256: str, path: Path) -> None:
@@ -171,13 +174,14 @@ def _keep(folder: Path, answer: dict[str, Any], key: Path, told: dict[str, str])
     try:
         certificate = str(answer["certificate"]).encode("ascii")
         signing_key = bytes.fromhex(answer["signing_key"])
+        kept = {**told, "issued": float(answer["issued"]), "expires": float(answer["expires"])}
     except (KeyError, TypeError, ValueError):
         raise SecurityError(f"{told['url']} answers with something that is no certificate.") from None
     beside = folder / "device.crt.new"
     beside.write_bytes(certificate)
     client_context(folder / "ca.crt", beside, key)  # raises unless key and certificate belong together
     (folder / "signing.pub").write_text(signing_key.hex() + "\n", encoding="ascii")
-    (folder / "enrolled.json").write_text(json.dumps(told), encoding="utf-8")
+    (folder / "enrolled.json").write_text(json.dumps(kept), encoding="utf-8")
     if key.name != "device.key":
         key.replace(folder / "device.key")
     beside.replace(folder / "device.crt")

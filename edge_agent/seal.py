@@ -96,19 +96,27 @@ class SayingLink:
 class HearingLink:
     """An agent's side: delivers what the coordinator has signed, once it is not older than what was heard.
 
+    Other topics than those of the run on which only the coordinator speaks pass as they are.
+
     Args:
         link: Carries the messages.
         topics: Of the run.
         key: The coordinator's public key.
         memory: File that keeps the number of the newest control message over a restart; None forgets.
-
-    Attributes:
-        dropped: Messages that were not delivered, by reason.
+        dropped: Counts the messages that were not delivered, by reason.
     """
 
-    def __init__(self, link: Link, topics: Topics, *, key: bytes, memory: Path | None = None) -> None:
+    def __init__(
+        self,
+        link: Link,
+        topics: Topics,
+        *,
+        key: bytes,
+        memory: Path | None = None,
+        dropped: Counter[str] | None = None,
+    ) -> None:
         self.traffic = link.traffic
-        self.dropped: Counter[str] = Counter()
+        self.dropped: Counter[str] = Counter() if dropped is None else dropped
         self._link = link
         self._topics = topics
         self._key = key
@@ -127,7 +135,7 @@ class HearingLink:
         """Return the next event that may be believed, or None when none came within the time."""
         deadline = time.monotonic() + timeout_s
         event = self._link.receive(timeout_s)
-        while isinstance(event, Message):
+        while isinstance(event, Message) and self._topics.is_coordinators(event.topic):
             payload = self._believe(event)
             if payload is not None:
                 return Message(event.topic, payload)
