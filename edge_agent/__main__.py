@@ -15,9 +15,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from edge_agent.admission import Renewal, admit
 from edge_agent.agent import Agent, Report
-from edge_agent.bundle import Bundle, read_bundle
+from edge_agent.bundle import Bundle, check_signed, read_bundle
 from edge_agent.commands import Commands
+from edge_agent.credentials import Credentials, client_context
 from edge_agent.data import Samples, load_samples, to_inputs
 from edge_agent.estimator import Estimate
 from edge_agent.forward import Forward
@@ -25,6 +27,7 @@ from edge_agent.heartbeat import Heartbeat
 from edge_agent.link import Connected, Disconnected, Link, Message, MqttLink
 from edge_agent.measure import measure
 from edge_agent.replay import Replica
+from edge_agent.seal import HearingLink
 from edge_agent.state import load_replica, read_replica, save_replica
 from edge_agent.telemetry import read_telemetry
 from edge_agent.topics import Topics, is_name, shard_of
@@ -46,7 +49,12 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example: scalarfed-agent --broker mqtt://laptop.local:1883 --run digits --name pi-1 "
         "--bundle ./bundle --data ./samples.npz --state ./state --memory-mib 128",
     )
-    parser.add_argument("--broker", required=True, metavar="URL", help="mqtt://HOST:PORT of the broker")
+    parser.add_argument(
+        "--broker", required=True, metavar="URL", help="mqtt://HOST:PORT of the broker, or mqtts://"
+    )
+    parser.add_argument(
+        "--security", type=Path, metavar="DIR", help="certificates, or the ticket for one; asks for mqtts://"
+    )
     parser.add_argument("--namespace", default="scalarfed", help="first level of all topics (%(default)s)")
     parser.add_argument("--run", required=True, help="name of the run to take part in")
     parser.add_argument("--name", default=platform.node(), help="this board's name (%(default)s)")
@@ -110,8 +118,15 @@ class _Process:
                 )
         self.options = options
         self.stopping = threading.Event()
+        for signal_name in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signal_name, lambda *_: self.stopping.set())
         self.topics = Topics(options.namespace, options.run)
+        self.credentials: Credentials | None = None
+        if options.security is not None:
+            self.credentials = admit(options.security, stopping=self.stopping, on_wait=heart.progress)
         self.bundle: Bundle = read_bundle(options.bundle)
+        if self.credentials is not None:
+            check_signed(self.bundle, self.credentials.signing_key)
         self.samples: Samples = load_samples(options.data, "train", classes=self.bundle.classes)
         shape = to_inputs(self.samples.x[:1]).shape[1:]
         if shape != self.bundle.sample_shape:
@@ -148,8 +163,6 @@ class _Process:
 
     def run(self) -> int:
         """Serve until SIGTERM or SIGINT."""
-        for name in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(name, lambda *_: self.stopping.set())
         _LOG.info(
             "%s: %s, %d parameters, %d samples, %s",
             self.options.name,
@@ -159,11 +172,22 @@ class _Process:
             self.enforcement.detail if self.enforcement else "no memory limit",
         )
         will = json.dumps({"name": self.options.name, "state": "offline"}).encode()
-        link = MqttLink(
+        mine = self.credentials
+        tls = None if mine is None else client_context(mine.ca, mine.certificate, mine.key)
+        carrier = MqttLink(
             self.options.broker,
             client_id=f"{self.options.run}-{self.options.name}",
             will=(self.topics.status(self.options.name), will),
+            tls=tls,
         )
+        link: Link = carrier
+        renewal: Renewal | None = None
+        if mine is not None:
+            memory = self.state_path.with_name("heard.json") if self.state_path else None
+            link = HearingLink(
+                carrier, self.topics, key=mine.signing_key, memory=memory, dropped=self.agent.dropped
+            )
+            renewal = Renewal(self.options.security)
         link.subscribe(self.topics.control)
         link.subscribe(self.topics.answer(self.options.name))
         if self.commands is not None:
@@ -173,13 +197,15 @@ class _Process:
             while not self.stopping.is_set():
                 self._handle(link, link.receive(0.5))
                 self.heart.progress()
+                if renewal is not None and renewal.tick() and mine is not None and tls is not None:
+                    tls.load_cert_chain(mine.certificate, mine.key)  # counts from the next connection on
         finally:
             self.heart.stopping()
             self._save(force=True)
             self.state = "offline"
             self._publish_status(link)
-            link.flush(2.0)
-            link.close()
+            carrier.flush(2.0)
+            carrier.close()
         return 0
 
     def _handle(self, link: Link, event: Message | Connected | Disconnected | None) -> None:

@@ -64,3 +64,8 @@ class Topics:
     def command(self, agent: str) -> str:
         """Return where an operator tells a board what to do."""
         return f"{self.base}c/{agent}"
+
+    def is_coordinators(self, topic: str) -> bool:
+        """Return whether a topic of the run is one on which only the coordinator speaks."""
+        rest = topic.removeprefix(self.base)
+        return rest != topic and (rest == "ctl" or rest.startswith(("r/", "a/")))
