@@ -12,6 +12,7 @@ import typer
 from coordinator.cli import (
     devices,
     doctor,
+    enrol,
     fit,
     flash,
     log,
@@ -42,6 +43,9 @@ app = typer.Typer(
 app.add_typer(testbed.app, name="testbed")
 app.add_typer(flash.app, name="flash")
 app.add_typer(devices.app, name="devices")
+devices.app.command(name="certificates")(enrol.certificates)
+devices.app.command(name="revoke", epilog=enrol.REVOKE_EXAMPLE)(enrol.revoke)
+app.command(name="enrol", epilog=enrol.EXAMPLE)(enrol.enrol)
 app.command(name="doctor", epilog=doctor.EXAMPLE)(doctor.doctor)
 app.command(name="simulate", epilog=simulate.EXAMPLE)(simulate.simulate)
 app.add_typer(log.app, name="log")
