@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.config import load_experiment
+from coordinator.control import Control
+from coordinator.plans import CHANGED, Plans
 from coordinator.rebuild import CHECKPOINT, resume_replica
 from coordinator.scalar_log import ScalarLog
 from coordinator.service import Service
-from coordinator.testbed import rounds_of
+from coordinator.testbed import ledger_of, rounds_of
 from edge_agent.bundle import read_bundle
 from edge_agent.link import MqttLink
 from edge_agent.topics import Topics
@@ -46,8 +48,11 @@ def serve_run(
         replica = resume_replica(bundle, log, checkpoint=run / CHECKPOINT, run=experiment.name)
         epoch = log.next_epoch()
         log.add_event("coordinator started", "", f"epoch {epoch}, round {replica.round}")
+        plans = Plans(experiment, bundle, log.texts_of(CHANGED))
+        recent = list(log.records(max(0, replica.round - 4)))
+        ledger = ledger_of(experiment, bundle, log)
         rounds = rounds_of(
-            experiment, bundle, replica, epoch=epoch, recent=list(log.records(max(0, replica.round - 4)))
+            experiment, bundle, replica, epoch=epoch, recent=recent, plans=plans, ledger=ledger
         )
         link = MqttLink(broker, client_id=f"{experiment.name}-coordinator")
         service = Service(
@@ -59,9 +64,11 @@ def serve_run(
             bundle_identity=bundle.identity,
             checkpoint=run / CHECKPOINT,
             on_commit=on_commit,
+            on_idle=lambda: control.poll(),
         )
+        control = Control(log, plans, service)
         try:
-            service.run(stop=lambda: False, farewell_s=farewell_s)
+            service.run(stop=lambda: control.stopped, farewell_s=farewell_s)
         finally:
             service.announce_state("finished" if rounds.finished else "stopped")
             link.flush(2.0)

@@ -12,6 +12,7 @@ __all__ = [
     "DataError",
     "DigestError",
     "EstimateError",
+    "FetchError",
     "FlashError",
     "LogError",
     "ModelError",
@@ -140,3 +141,10 @@ class SecurityError(ScalarfedError):
 
     hint = "See docs/security.md: how a board is enrolled, and what to do when a key is lost."
     exit_code = 22
+
+
+class FetchError(ScalarfedError):
+    """A file cannot be fetched, or is not what was promised."""
+
+    hint = "Look whether the server is still there and has the file of the same release or run."
+    exit_code = 21

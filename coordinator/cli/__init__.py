@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from coordinator.cli import (
+    ctl,
     devices,
     doctor,
     enrol,
@@ -46,6 +47,7 @@ app.add_typer(devices.app, name="devices")
 devices.app.command(name="certificates")(enrol.certificates)
 devices.app.command(name="revoke", epilog=enrol.REVOKE_EXAMPLE)(enrol.revoke)
 app.command(name="enrol", epilog=enrol.EXAMPLE)(enrol.enrol)
+app.command(name="ctl", epilog=ctl.EXAMPLE)(ctl.ctl)
 app.command(name="doctor", epilog=doctor.EXAMPLE)(doctor.doctor)
 app.command(name="simulate", epilog=simulate.EXAMPLE)(simulate.simulate)
 app.add_typer(log.app, name="log")
