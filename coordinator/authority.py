@@ -202,10 +202,18 @@ class Authority:
         return self._own_identity("server", _SERVER, [*own_addresses(), *names])
 
     def role_identity(self, role: str) -> Identity:
-        """Return a new certificate for :data:`COORDINATOR` or :data:`OPERATOR`; its key stays here."""
+        """Return the certificate for :data:`COORDINATOR` or :data:`OPERATOR`, a new one where it is old."""
         if role not in (COORDINATOR, OPERATOR):
             raise ValueError(f"{role!r} is no role")
-        return self._own_identity(role.partition(":")[2], role)
+        stem = role.partition(":")[2]
+        young = self._clock() + _LIFETIME.total_seconds() / 2
+        good = any(
+            one.name == role and one.revoked is None and one.expires > young for one in self.certificates()
+        )
+        found = Identity(self.folder / f"{stem}.crt", self.folder / f"{stem}.key")
+        if good and found.certificate.is_file() and found.key.is_file():
+            return found
+        return self._own_identity(stem, role)
 
     def stand_in(self, name: str) -> Identity:
         """Return a certificate of an hour in a device's name, to take its place at the broker.

@@ -97,22 +97,6 @@ def _resolved(table: dict[str, Any], overrides: Sequence[str], *, source: str) -
     return experiment
 
 
-def with_settings(experiment: Experiment, overrides: Sequence[str]) -> Experiment:
-    """Return an experiment with some keys changed, checked as a file is.
-
-    Raises:
-        ConfigError: A key does not exist or its value is not allowed.
-    """
-    table = tomllib.loads(dump(experiment))
-    for assignment in overrides:
-        override(table, assignment, paths={"data.path"})
-    faults = Faults()
-    changed = _experiment(table, faults)
-    _check_together(changed, faults)
-    faults.raise_if_any("the change")
-    return changed
-
-
 def dump(experiment: Experiment) -> str:
     """Return the experiment as TOML with every key, from which an equal experiment can be loaded."""
     table: dict[str, Any] = {key: getattr(experiment, key) for key in ("name", "seed", "rounds")}

@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from coordinator.changes import Changes
+from coordinator.plans import CHANGED, Plans
 from coordinator.scalar_log import ScalarLog
 from profiles.errors import ScalarfedError
 
@@ -39,7 +39,7 @@ class Control:
 
     Args:
         log: Where they lie.
-        changes: Where changed constants go.
+        plans: What the rounds ask, where changes go.
         service: What is steered.
         on_change: Called after constants were changed, with what is to be told.
 
@@ -50,14 +50,14 @@ class Control:
     def __init__(
         self,
         log: ScalarLog,
-        changes: Changes,
+        plans: Plans,
         service: Steered,
         *,
         on_change: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.stopped = False
         self._log = log
-        self._changes = changes
+        self._plans = plans
         self._service = service
         self._on_change = on_change
 
@@ -83,14 +83,14 @@ class Control:
         elif verb == "set":
             assignments = _strings(arguments)
             first = self._service.next_round()
-            self._changes.make(assignments, first=first, author="ctl")
+            self._log.add_event(CHANGED, "", self._plans.change(first, assignments))
             self._on_change(f"{', '.join(assignments)} from round {first} on")
         elif verb != "status":
             return {"error": f"`{verb}` is no order", "hint": f"There are {', '.join(VERBS)}."}
         return self._service.status() | self._constants()
 
     def _constants(self) -> dict[str, Any]:
-        experiment = self._changes.latest
+        experiment = self._plans.experiment(self._service.next_round())
         method = experiment.method
         names = ("learning_rate", "epsilon", "perturbations", "local_steps", "batch_size")
         values = {name: getattr(method, name) for name in names} | dict(method.constants)

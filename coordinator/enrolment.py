@@ -16,6 +16,7 @@ from typing import Any
 from coordinator.authority import Authority, Identity
 from coordinator.certificates import validity
 from coordinator.web import Answer, Request, WebServer
+from edge_agent.topics import is_name
 from profiles.errors import SecurityError
 
 __all__ = ["add_enrolment", "server_context", "ticket"]
@@ -71,6 +72,8 @@ def add_enrolment(
 
     def enrol(asked: dict[str, Any], request: Request) -> bytes:
         name, token, signed = (str(asked[key]) for key in ("name", "token", "request"))
+        if not is_name(name):
+            raise ValueError("no name")
         return authority.enrol(name, token, signed.encode())
 
     def renew(asked: dict[str, Any], request: Request) -> bytes:

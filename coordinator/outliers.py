@@ -52,6 +52,7 @@ class Outliers:
     def __init__(self) -> None:
         self.standings: dict[int, Standing] = {}
         self._plausibility: list[Plausibility] = []
+        self._outsized: dict[int, float] = {}
 
     def observe(
         self, replies: Mapping[int, Reply], classes: Sequence[NDArray[np.float64]] = ()
@@ -74,8 +75,11 @@ class Outliers:
         rows = np.stack([replies[number].scalars for number in order]).astype(np.float64)
         lengths = np.sqrt((rows**2).sum(axis=1))
         typical = float(np.median(lengths))
+        self._outsized = {}
         if typical <= 0:
             return []
+        relative = zip(order, (lengths / typical).tolist(), strict=True)
+        self._outsized = {number: length for number, length in relative if length > _LONGER}
         directions = rows / np.maximum(lengths, 1e-300)[:, None]
         centre = np.median(directions, axis=0)
         centre_length = float(np.sqrt((centre**2).sum()))
@@ -133,3 +137,15 @@ class Outliers:
     def suspects(self) -> list[int]:
         """Return the numbers of the agents that are suspected, in their order."""
         return sorted(number for number, standing in self.standings.items() if standing.suspected)
+
+    def least_trusted(self) -> list[int]:
+        """Return who should be left out of the round just observed, the most harmful first.
+
+        These are the suspects, and whoever's scalars are far too large in this very round.
+        """
+
+        def harm(number: int) -> tuple[float, float, int]:
+            standing = self.standings[number]
+            return -self._outsized.get(number, 0.0), standing.ratio, number
+
+        return sorted({*self.suspects(), *self._outsized}, key=harm)

@@ -22,7 +22,11 @@ __all__ = ["CHANGED", "Plans", "plan_of"]
 CHANGED = "changed"
 """Kind of the event by which the scalar log keeps a change."""
 
-_FIXED = ("name", "batch_size", "difference", "constants")
+_FIXED = ("name", "constants")
+_BESIDE = (
+    *(f"fleet.{key}" for key in ("cohort", "quorum", "deadline_s", "resend_s", "aggregation", "liars")),
+    *("evaluation.every", "rounds"),
+)
 
 
 class Plans:
@@ -56,12 +60,14 @@ class Plans:
         return next(version for start, version in reversed(self._versions) if start <= round_)
 
     def change(self, round_: int, settings: Sequence[str]) -> str:
-        """Change settings of the method from a round on; return the text to be logged.
+        """Change settings from a round on; return the text to be logged.
 
         Args:
             round_: The first one with the new settings, not before the latest change.
-            settings: Each ``method.key=value``: learning rate, epsilon, perturbations, exact scalars, local
-                steps, the schedule, or a constant of the method.
+            settings: Each ``key=value``: of the method the learning rate, epsilon, perturbations, exact
+                scalars, local steps, batch size, difference, schedule or a constant; of the fleet the cohort,
+                the quorum, the times, the aggregation; or the rounds. ``method.`` and ``fleet.`` may be left
+                out.
 
         Raises:
             ConfigError: A key may not change under way, or a value breaks its rule.
@@ -69,17 +75,27 @@ class Plans:
         start, latest = self._versions[-1]
         if round_ < start:
             raise ConfigError(f"round {round_} lies before the change of round {start}")
-        may = [item.name for item in fields(latest.method) if item.name not in _FIXED]
-        may += METHODS[latest.method.name].constants
-        for setting in settings:
-            key = setting.partition("=")[0].strip()
-            if key not in [f"method.{name}" for name in may]:
-                raise ConfigError(
-                    f"`{key}` cannot change while the run is under way",
-                    hint=f"What can: {', '.join(f'method.{name}' for name in may)}.",
-                )
-        self._versions.append((round_, with_settings(latest, settings)))
-        return json.dumps({"round": round_, "settings": list(settings)})
+        may = [f"method.{item.name}" for item in fields(latest.method) if item.name not in _FIXED]
+        may += [f"method.{name}" for name in METHODS[latest.method.name].constants]
+        full = [_full(setting, (*may, *_BESIDE)) for setting in settings]
+        if not full:
+            raise ConfigError("no setting is named", hint=f"What can change: {', '.join((*may, *_BESIDE))}.")
+        self._versions.append((round_, with_settings(latest, full)))
+        return json.dumps({"round": round_, "settings": full})
+
+
+def _full(setting: str, may: Sequence[str]) -> str:
+    """Return ``key=value`` with the key's section."""
+    key, sign, value = setting.partition("=")
+    found = [name for name in may if key.strip() in (name, name.rpartition(".")[2])]
+    if not found:
+        raise ConfigError(
+            f"`{key.strip()}` cannot change while the run is under way",
+            hint=f"What can: {', '.join(may)}.",
+        )
+    if not sign:
+        raise ConfigError(f"`{setting}` has no value", hint=f"Write {found[0]}=VALUE.")
+    return f"{found[0]}={value}"
 
 
 def plan_of(experiment: Experiment, bundle: Bundle, round_: int) -> RoundPlan:

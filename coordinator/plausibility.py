@@ -24,8 +24,9 @@ _LONGEST = 3.0  # in typical lengths: a huge vector must not count as huge evide
 _SWEEPS = 40
 _RIDGE = 1e-3
 _CHANCE = 1e-6  # of calling one honest agent a liar, by the ratio
-_TOO_LITTLE = 0.1  # of the fleet's typical evidence
-_ENOUGH_TO_COMPARE = 150.0
+_CONTRADICTION = 0.2  # samples of its own that a net has learned by heart make an agent seem a little turned
+_NOTHING, _SOMETHING = 0.02, 0.3  # shares explained: of noise, and of a fleet that measures
+_SCALARS_A_CLASS = 25  # noise has a share of about classes / (2 scalars)
 _CLEAR = 0.3
 
 
@@ -37,6 +38,7 @@ class Plausibility:
         self._products: dict[int, _Floats] = {}
         self._sizes: dict[int, tuple[float, float]] = {}
         self._ratios: dict[int, float] = {}
+        self._shares: dict[int, float] = {}  # of u^T u: explained by mixtures less explained by turned ones
 
     def observe(self, rows: Mapping[int, _Floats], classes: _Floats) -> None:
         """Take in a round.
@@ -74,22 +76,22 @@ class Plausibility:
             number: Of the agent.
             suspected: Whether it was so far; then it takes clear evidence to be trusted again.
         """
-        ratio, typical = self.ratio(number), self._typical()
+        ratio, share = self.ratio(number), self._shares.get(number, 0.0)
+        typical = float(np.median(list(self._shares.values()))) if self._shares else 0.0
         limit = -math.log(_CHANCE)
-        if ratio < -limit:
-            return f"its scalars contradict what any samples give: log-likelihood ratio {ratio:.0f}"
-        known = typical > _ENOUGH_TO_COMPARE
-        if known and ratio < _TOO_LITTLE * typical:
-            return (
-                f"its scalars have nothing to do with samples: log-likelihood ratio {ratio:.0f}, "
-                f"typical {typical:.0f}"
-            )
-        if suspected and not (ratio > limit and ratio > _CLEAR * typical):
-            return f"nothing speaks for it yet: log-likelihood ratio {ratio:.0f}, typical {typical:.0f}"
+        explained = f"samples explain {share:.0%} of them, typical {typical:.0%}"
+        if ratio < -limit and share < -_CONTRADICTION:
+            return f"its scalars contradict what samples give: log-likelihood ratio {ratio:.0f}"
+        if self._much_of(number) and typical > _SOMETHING and share < _NOTHING:
+            return f"its scalars have nothing to do with samples: {explained}"
+        if suspected and not (ratio > limit and share > _CLEAR * typical):
+            return f"nothing speaks for its scalars yet: {explained}"
         return ""
 
-    def _typical(self) -> float:
-        return float(np.median(list(self._ratios.values()))) if self._ratios else 0.0
+    def _much_of(self, number: int) -> bool:
+        """Return whether enough scalars were seen to tell a mixture from noise."""
+        products = self._products.get(number)
+        return products is not None and self._sizes[number][1] > _SCALARS_A_CLASS * len(products)
 
     def _judge(self) -> None:
         order = list(self._squares)
@@ -100,6 +102,8 @@ class Plausibility:
         # What no mixture explains is the noise of small batches; liars do not move its median.
         noise = max(float(np.median((sizes[:, 0] - plus) / sizes[:, 1])), 1e-12)
         self._ratios = dict(zip(order, ((plus - minus) / (2 * noise)).tolist(), strict=True))
+        shares = (plus - minus) / np.maximum(sizes[:, 0], 1e-300)
+        self._shares = dict(zip(order, shares.tolist(), strict=True))
 
 
 def _gain(squares: _Floats, products: _Floats) -> _Floats:

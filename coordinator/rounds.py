@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from coordinator.aggregation import aggregate, mean_loss, tolerated
 from coordinator.attendance import Attendance
+from coordinator.ledger import Ledger, Work
 from coordinator.outliers import Outliers
 from edge_agent.replay import Replica, apply_record
 from edge_agent.wire import Cohort, Reply, RoundOpen, RoundPlan, RoundRecord
@@ -140,11 +141,13 @@ class Rounds:
         seed: Decides who is asked.
         reference: What the classes' scalars are in the first step of a round; by them the other rules see who
             cannot have measured. None where the coordinator has no samples.
+        ledger: What the agents may spend; None asks all of them for whole batches.
 
     Attributes:
         dropped: Count of replies that changed nothing, by reason.
         attendance: What is known of each agent.
         replica: The coordinator's replica.
+        ledger: As given.
         outliers: Statistics of who answers unlike the others.
     """
 
@@ -158,6 +161,7 @@ class Rounds:
         recent: Sequence[RoundRecord] = (),
         seed: int,
         reference: Callable[[RoundOpen], Sequence[NDArray[np.float64]]] | None = None,
+        ledger: Ledger | None = None,
     ) -> None:
         self.dropped: Counter[str] = Counter()
         self.outliers = Outliers()
@@ -168,6 +172,9 @@ class Rounds:
         self._recent = list(recent)[-_RECENT:]
         self._seed = seed
         self._reference = reference
+        self.ledger = ledger
+        self._left_out: dict[int, str] = {}
+        self._uncounted: frozenset[int] = frozenset()
         self._paused = False
         self._open: _Open | None = None
         self._link_up = True
@@ -271,17 +278,19 @@ class Rounds:
             actions.append(Note("estimate failed", agent, f"round {round_}"))
         else:
             opened.counted[agent] = reply
-            if reply.samples < opened.message.batch_size:
-                fewer = f"round {round_}: {reply.samples} of {opened.message.batch_size} samples"
+            if reply.samples < opened.message.batch_of(agent):
+                fewer = f"round {round_}: {reply.samples} of {opened.message.batch_of(agent)} samples"
                 actions.append(Note("smaller batch", agent, fewer))
-        return actions + self._close_if_over(now)
+        return actions + self._charge(opened.message, agent, reply) + self._close_if_over(now)
 
     def on_tick(self, now: float) -> list[Action]:
         """Close, extend, skip or announce again, as the time says."""
         opened = self._open
         passed = now - (now if self._ticked_s is None else self._ticked_s)
         self._ticked_s = now
-        if opened is None or opened.message.closing:
+        if opened is None:
+            return self._open_next(now) if self._left_out else []  # a new day, a cooler board
+        if opened.message.closing:
             return []
         if self._link_up and self.attendance.anybody and not self._paused:
             # A long gap between two ticks is a laptop that slept: nobody could have answered.
@@ -296,6 +305,14 @@ class Rounds:
             opened.resend_s = min(1.5 * opened.resend_s, _SLOWEST_RESEND_S)
             return self.announce_again(now)
         return []
+
+    def _charge(self, message: RoundOpen, agent: int, reply: Reply) -> list[Action]:
+        """Charge an agent for its work, whether or not it counts."""
+        if self.ledger is None:
+            return []
+        work = Work(agent, message.plan, reply.samples, message.central)
+        told = self.ledger.charge(work, peak_mib=reply.peak_kib / 1024)
+        return [Note("over budget", agent, text) for text in told]
 
     def _set_presence(self, agent: int, *, online: bool) -> None:
         self.attendance.note_presence(agent, online=online)
@@ -320,7 +337,7 @@ class Rounds:
             return "duplicate"
         if not reply.failed and reply.scalars.size != plan.steps * plan.scalars:
             return "wrong number of scalars"
-        if not 1 <= reply.samples <= opened.message.batch_size:
+        if not 1 <= reply.samples <= opened.message.batch_of(agent):
             return "wrong number of samples"
         if reply.digest != opened.digest:
             return "digest disagrees"
@@ -371,6 +388,7 @@ class Rounds:
             actions.append(Note("skipped", None, missing))
         for agent, text in changes:
             actions.append(Note("suspect" if text else "trusted again", agent, text))
+        self._uncounted = opened.members - (frozenset() if skipped else counted.keys())
         replies = {a: (reply, a in trusted and not skipped) for a, reply in opened.answered.items()}
         loss = None if skipped else mean_loss(trusted)
         actions.append(Commit(record, loss, opened.opened_s, replies))
@@ -388,14 +406,15 @@ class Rounds:
     def _trusted(self, counted: dict[int, Reply], terms: Terms) -> tuple[dict[int, Reply], float]:
         """Return the replies without those of suspects, and what share of them may still lie.
 
-        The mean trusts all. The other rules leave out no more suspects than may lie.
+        The mean trusts all. The other rules leave out no more than may lie; a suspect beyond these may lie.
         """
         if terms.rule == "mean" or not counted:
             return counted, terms.liars
         bearable = tolerated(len(counted), terms.liars)
-        left_out = [agent for agent in self.outliers.suspects() if agent in counted][:bearable]
+        suspects = [agent for agent in self.outliers.least_trusted() if agent in counted]
+        left_out = suspects[:bearable]
         trusted = {agent: reply for agent, reply in counted.items() if agent not in left_out}
-        return trusted, (bearable - len(left_out)) / len(trusted)
+        return trusted, min(0.49, (max(bearable, len(suspects)) - len(left_out)) / len(trusted))
 
     def _open_next(self, now: float) -> list[Action]:
         if self._paused:
@@ -403,11 +422,20 @@ class Rounds:
         round_ = self.replica.round
         terms = self._terms_of(round_)
         fleet = len(self.attendance.members)
-        members = (
-            [] if self.finished else self.attendance.choose(round_, cohort=terms.cohort, seed=self._seed)
-        )
+        plan, batches, actions = terms.plan_of(round_), dict[int, int](), list[Action]()
+        members: list[int] = []
+        if not self.finished:
+            plan, batches, actions = self._fit(plan, terms)
+            members = self.attendance.choose(
+                round_, cohort=terms.cohort, seed=self._seed, without=self._left_out.keys()
+            )
+            if not members:
+                return actions
+        if self.ledger is not None:
+            for agent in members:
+                self.ledger.ask(Work(agent, plan, batches.get(agent, terms.batch_size), terms.central))
         message = RoundOpen(
-            plan=terms.plan_of(round_),
+            plan=plan,
             epoch=self._epoch,
             attempt=0,
             batch_size=terms.batch_size,
@@ -416,6 +444,8 @@ class Rounds:
             deadline_ms=min(int(terms.deadline_s * 1000), 0xFFFFFFFF),
             cohort=Cohort(None if len(members) == fleet else frozenset(members)),
             records=tuple(self._recent),
+            batches={agent: batches[agent] for agent in members if agent in batches},
+            uncounted=self._uncounted,
         )
         self._open = _Open(
             message=message,
@@ -428,4 +458,25 @@ class Rounds:
             waiting=set(members),
             present={agent for agent in members if self.attendance.members[agent].online},
         )
-        return [Announce(message)]
+        return [*actions, Announce(message)]
+
+    def _fit(self, plan: RoundPlan, terms: Terms) -> tuple[RoundPlan, dict[int, int], list[Action]]:
+        """Fit a round to the budgets; say who is left out that was not, and who no longer is."""
+        if self.ledger is None:
+            return plan, {}, []
+        fitting = self.ledger.fit(
+            plan,
+            batch_size=terms.batch_size,
+            central=terms.central,
+            agents=range(len(self.attendance.members)),
+            needed=terms.quorum or 1,
+        )
+        before, self._left_out = self._left_out, dict(fitting.left_out)
+        actions: list[Action] = [
+            Note("left out", agent, reason) for agent, reason in self._left_out.items() if agent not in before
+        ]
+        actions += [Note("fits again", agent, "") for agent in before if agent not in self._left_out]
+        if plan.perturbations != fitting.plan.perturbations:
+            fewer = f"{fitting.plan.perturbations} of {plan.perturbations}"
+            actions.append(Note("fewer perturbations", None, f"round {plan.round}: {fewer}"))
+        return fitting.plan, dict(fitting.batches), actions

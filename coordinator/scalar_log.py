@@ -149,6 +149,7 @@ class ScalarLog:
         closed_at: float,
         replies: Mapping[str, tuple[Reply, bool, float]],
         events: Sequence[tuple[float, str, str, str]] = (),
+        accounts: Sequence[tuple[str, str, str]] = (),
     ) -> None:
         """Commit a record and the replies behind it; when this returns, they are on the disk.
 
@@ -159,6 +160,7 @@ class ScalarLog:
             closed_at: Unix time.
             replies: By agent name: the reply, whether it was counted, and when it came.
             events: What happened until then: Unix time, kind, agent, text.
+            accounts: What the ledger holds: day, agent, text.
 
         Raises:
             LogError: The record is not the next one, or the disk does not take it.
@@ -181,6 +183,7 @@ class ScalarLog:
                 self._db.execute("INSERT INTO records VALUES (?, ?, ?, ?, ?, ?, ?)", row)
                 self._insert_replies((a, reply, counted, at) for a, (reply, counted, at) in replies.items())
                 self._insert_events(events)
+                self._db.executemany("INSERT OR REPLACE INTO ledger VALUES (?, ?, ?)", accounts)
         except sqlite3.Error as error:
             raise LogError(
                 f"round {record.plan.round} could not be written to {self.path}: {error}",
@@ -242,15 +245,9 @@ class ScalarLog:
         query = "SELECT name, profile, budget_mib, predicted_mib FROM agents ORDER BY id"
         return [FleetRow(*row) for row in self._db.execute(query)]
 
-    def add_change(self, round_: int, author: str, assignments: str) -> None:
-        """Note that the experiment is changed from a round on, committed."""
-        row = (round_, time.time(), author, assignments)
-        with self._db:
-            self._db.execute("INSERT INTO changes(round, at, author, assignments) VALUES (?, ?, ?, ?)", row)
-
-    def changes(self) -> list[tuple[int, str]]:
-        """Return all changes in the order in which they were made: first round, assignments."""
-        return list(self._db.execute("SELECT round, assignments FROM changes ORDER BY id"))
+    def accounts(self) -> list[tuple[str, str, str]]:
+        """Return the ledger, oldest day first: day, agent, text."""
+        return list(self._db.execute("SELECT day, agent, account FROM ledger ORDER BY day, agent"))
 
     def add_order(self, verb: str, arguments: str) -> int:
         """Ask something of the coordinator at work, committed; return the order's number."""

@@ -9,13 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from coordinator.changes import Changes
 from coordinator.config import load_experiment
 from coordinator.control import Control
+from coordinator.plans import CHANGED, Plans
 from coordinator.rebuild import CHECKPOINT, resume_replica
 from coordinator.scalar_log import ScalarLog
 from coordinator.service import Service
-from coordinator.testbed import rounds_of
+from coordinator.testbed import ledger_of, rounds_of
 from edge_agent.bundle import read_bundle
 from edge_agent.link import MqttLink
 from edge_agent.topics import Topics
@@ -48,9 +48,12 @@ def serve_run(
         replica = resume_replica(bundle, log, checkpoint=run / CHECKPOINT, run=experiment.name)
         epoch = log.next_epoch()
         log.add_event("coordinator started", "", f"epoch {epoch}, round {replica.round}")
-        changes = Changes(experiment, log)
+        plans = Plans(experiment, bundle, log.texts_of(CHANGED))
         recent = list(log.records(max(0, replica.round - 4)))
-        rounds = rounds_of(experiment, bundle, replica, epoch=epoch, recent=recent, changes=changes)
+        ledger = ledger_of(experiment, bundle, log)
+        rounds = rounds_of(
+            experiment, bundle, replica, epoch=epoch, recent=recent, plans=plans, ledger=ledger
+        )
         link = MqttLink(broker, client_id=f"{experiment.name}-coordinator")
         service = Service(
             link=link,
@@ -63,7 +66,7 @@ def serve_run(
             on_commit=on_commit,
             on_idle=lambda: control.poll(),
         )
-        control = Control(log, changes, service)
+        control = Control(log, plans, service)
         try:
             service.run(stop=lambda: control.stopped, farewell_s=farewell_s)
         finally:

@@ -270,6 +270,7 @@ class Service:
             closed_at=closed_at,
             replies=replies,
             events=self._events,
+            accounts=[] if self._rounds.ledger is None else self._rounds.ledger.unsaved(),
         )
         self._events.clear()
         if (action.record.plan.round + 1) % self._checkpoint_every == 0:
@@ -291,7 +292,7 @@ class Service:
 
     def _tell(self, kind: str, name: str, text: str, *, stranger: bool) -> None:
         """Note an event for people: all of them at first, then ever fewer of what anybody can cause."""
-        always = kind in ("missed", "excluded", "skipped", "extended", "suspect", "trusted again")
+        always = kind in ("missed", "excluded", "skipped", "extended", "suspect", "trusted again", "left out")
         self._told[kind, name] += 1
         count = self._told[kind, name]
         if always or count in (_STRANGERS_TOLD_AT if stranger else _TOLD_AT):
@@ -345,6 +346,8 @@ class Service:
         # A last will says only that the agent is gone: keep what it said before.
         self.statuses[name] = {**before, **status}
         self._count_traffic(name, status)
+        if self._rounds.ledger is not None:
+            self._rounds.ledger.note_status(number, status, now=now)
         online = state != "offline"
         self._act(self._rounds.on_presence(number, online=online, hello=hello, now=now))
 

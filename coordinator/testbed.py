@@ -10,19 +10,21 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from coordinator.broker import Broker, open_broker
-from coordinator.changes import Changes
 from coordinator.config import dump, load_experiment
 from coordinator.control import Control
 from coordinator.experiment import AgentPlan, Experiment
 from coordinator.health import Health
+from coordinator.ledger import Ledger
 from coordinator.partition import partition
 from coordinator.plans import CHANGED, Plans
+from coordinator.pricing import price_of
 from coordinator.progress import Observer, Standing
 from coordinator.rebuild import CHECKPOINT, resume_replica
 from coordinator.reference import Reference
@@ -47,6 +49,7 @@ from profiles.errors import ConfigError, DataError, ScalarfedError
 __all__ = [
     "Evaluator",
     "evaluate",
+    "ledger_of",
     "make_bundle",
     "prepare",
     "read_samples",
@@ -227,6 +230,8 @@ def _predict(experiment: Experiment, bundle: Bundle, agent: AgentPlan, samples: 
         data_bytes=samples.x.nbytes + samples.y.nbytes,
         graph_bytes=bundle.graph_path.stat().st_size,
     )
+    if experiment.fleet.unfit == "fit":
+        return prediction
     check_memory(
         prediction,
         agent.memory_mib,
@@ -244,11 +249,8 @@ def rounds_of(
     *,
     epoch: int,
     recent: Sequence[RoundRecord] = (),
-<<<<<<< HEAD
     plans: Plans | None = None,
-=======
-    changes: Changes | None = None,
->>>>>>> fleet
+    ledger: Ledger | None = None,
 ) -> Rounds:
     """Return the state machine of an experiment's rounds, not yet started.
 
@@ -258,36 +260,39 @@ def rounds_of(
         replica: The coordinator's, at the round to go on with.
         epoch: Incarnation of the coordinator.
         recent: The records just before that round.
-<<<<<<< HEAD
         plans: What each round asks; the experiment's own plans where left out.
-=======
-        changes: The experiment of each round, where it can change.
->>>>>>> fleet
+        ledger: What the agents may spend.
     """
-
-    def terms_of(round_: int) -> Terms:
-        return _terms(experiment if changes is None else changes.at(round_), bundle)
-
+    asked = plans or Plans(experiment, bundle)
     return Rounds(
         fleet=len(experiment.agents),
-<<<<<<< HEAD
-        rounds=experiment.rounds,
-        plan_of=plans or Plans(experiment, bundle),
-=======
-        terms_of=terms_of,
->>>>>>> fleet
+        terms_of=lambda round_: _terms(asked.experiment(round_), asked),
         epoch=epoch,
         replica=replica,
         recent=recent,
         seed=experiment.seed,
         reference=_reference(experiment, bundle, replica),
+        ledger=ledger,
     )
 
 
-def _terms(experiment: Experiment, bundle: Bundle) -> Terms:
+def ledger_of(experiment: Experiment, bundle: Bundle, log: ScalarLog) -> Ledger:
+    """Return the books of a prepared run, as the log holds them."""
+    agents = experiment.agents
+    predicted = [row.predicted_mib for row in log.fleet()]
+    return Ledger(
+        [agent.name for agent in agents],
+        [agent.budget for agent in agents],
+        price_of(bundle, predicted, batch_size=experiment.method.batch_size),
+        today=lambda: datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        stored=log.accounts(),
+    )
+
+
+def _terms(experiment: Experiment, plans: Plans) -> Terms:
     fleet, method = experiment.fleet, experiment.method
     return Terms(
-        plan_of=lambda round_: plan_of(experiment, bundle, round_),
+        plan_of=plans,
         rounds=experiment.rounds,
         batch_size=method.batch_size,
         central=method.difference == "central",
@@ -361,15 +366,10 @@ def _train(
     replica = resume_replica(bundle, log, checkpoint=out / CHECKPOINT, run=experiment.name)
     judge = Evaluator(bundle, replica, test)
     log.add_event("coordinator started", "", f"epoch {epoch}, round {replica.round}")
-<<<<<<< HEAD
     plans = Plans(experiment, bundle, log.texts_of(CHANGED))
     recent = list(log.records(max(0, replica.round - 4)))
-    rounds = rounds_of(experiment, bundle, replica, epoch=epoch, recent=recent, plans=plans)
-=======
-    changes = Changes(experiment, log)
-    recent = list(log.records(max(0, replica.round - 4)))
-    rounds = rounds_of(experiment, bundle, replica, epoch=epoch, recent=recent, changes=changes)
->>>>>>> fleet
+    ledger = ledger_of(experiment, bundle, log)
+    rounds = rounds_of(experiment, bundle, replica, epoch=epoch, recent=recent, plans=plans, ledger=ledger)
     accuracy: float | None = None
 
     def evaluate_now() -> None:
@@ -381,7 +381,7 @@ def _train(
 
     def on_commit(record: RoundRecord, loss: float | None) -> None:
         done = record.plan.round + 1
-        present = changes.latest
+        present = plans.experiment(done)
         for text in health.observe(record, loss, replica):
             log.add_event("health", "", f"round {record.plan.round}: {text}")
             observer.line(f"round {done}: {text}")
@@ -389,17 +389,7 @@ def _train(
             evaluate_now()
         agents = len(experiment.agents)
         observer.round(
-<<<<<<< HEAD
-            Standing(done, experiment.rounds, loss, accuracy, service.online(), agents, *service.bytes_seen())
-=======
-            done,
-            present.rounds,
-            math.nan if loss is None else loss,
-            accuracy,
-            service.online(),
-            len(experiment.agents),
-            *service.bytes_seen(),
->>>>>>> fleet
+            Standing(done, present.rounds, loss, accuracy, service.online(), agents, *service.bytes_seen())
         )
 
     with _fleet(experiment, out, broker, log) as supervisor:
@@ -424,7 +414,7 @@ def _train(
             on_commit=on_commit,
             on_idle=on_idle,
         )
-        control = Control(log, changes, service, on_change=lambda text: observer.line(f"changed: {text}"))
+        control = Control(log, plans, service, on_change=lambda text: observer.line(f"changed: {text}"))
         observer.stage(f"training {len(experiment.agents)} agents by {experiment.method.name}")
         if replica.round == 0:
             evaluate_now()

@@ -158,6 +158,7 @@ class _Process:
         self.saved_round = self.agent.replica.round
         self.saved_at = time.monotonic()
         self.status_at = 0.0
+        self.flops = 0
         self.state = "starting"
         self.text = ""
 
@@ -266,7 +267,10 @@ class _Process:
         if self.forward is None or self.forward_of is not replica:
             self.forward = Forward(self.bundle, replica.weights, threads=self.options.threads)
             self.forward_of = replica
-        return measure(self.forward, self.samples, replica, opened, number, on_pass=self.heart.progress)
+        made = measure(self.forward, self.samples, replica, opened, number, on_pass=self.heart.progress)
+        self.flops += made.forwards * opened.batch_size * self.bundle.cost["forward_flops"]
+        self.flops += 2 * self.bundle.size * (made.forwards + 1)  # each forward moved the weights before it
+        return made
 
     def _first_replica(self) -> Replica:
         if self.state_path is not None:
@@ -330,9 +334,13 @@ class _Process:
             "samples": len(self.samples),
             "estimates": self.agent.estimates,
             "forwards": self.agent.forwards,
+            "flops": self.flops,
+            "counted": self.agent.counted,
+            "uncounted": self.agent.uncounted,
             "dropped": dict(self.agent.dropped),
             "traffic": vars(traffic).copy(),
             "temperature_c": telemetry.get("temperature_c"),
+            "battery_percent": telemetry.get("battery_percent"),
             "telemetry": telemetry,
             **(self.commands.status() if self.commands else {}),
         }

@@ -52,6 +52,8 @@ class Agent:
     Attributes:
         dropped: Count of messages that changed nothing, by reason.
         replica: The agent's replica.
+        counted: How many of its replies the coordinator has said to have counted.
+        uncounted: And how many not.
         shards: Shards of the run, once the control message told; 0 before.
     """
 
@@ -72,6 +74,8 @@ class Agent:
         self.dropped: Counter[str] = Counter()
         self.estimates = 0
         self.forwards = 0
+        self.counted = 0
+        self.uncounted = 0
         self._bundle_identity = bundle_identity
         self._fresh_replica = fresh_replica
         self._estimate = estimate
@@ -82,6 +86,7 @@ class Agent:
         self._open: RoundOpen | None = None
         self._reply: Reply | None = None
         self._reply_to: tuple[RoundPlan, int, bool] | None = None  # what the reply in memory answers
+        self._answered: int | None = None  # the round that we answered, until we heard whether that counted
         self._asked_at: float | None = None
         self._largest_batch: int | None = None  # that this board's memory has held, once one was too large
         self._disagreed = 0  # how often in a row a log that began with the bundle led elsewhere
@@ -150,6 +155,7 @@ class Agent:
         self._epoch = message.epoch
         if isinstance(message, RoundOpen):
             self._open = message
+            self._acknowledge(message)
             return self._advance(now)
         if isinstance(message, Snapshot):
             self._take_over(message)
@@ -206,6 +212,17 @@ class Agent:
             return self._advance(now)
         return [self._answer(opened, self._number)]
 
+    def _acknowledge(self, opened: RoundOpen) -> None:
+        """Take in whether our last reply counted: the next round's message says whose did not."""
+        if self._answered is None or self._number is None or opened.plan.round <= self._answered:
+            return
+        if opened.plan.round == self._answered + 1:
+            if self._number in opened.uncounted:
+                self.uncounted += 1
+            else:
+                self.counted += 1
+        self._answered = None
+
     def _take_over(self, message: Snapshot) -> None:
         """Put the snapshot in the replica's place, if it was asked for and leads further."""
         if self._asked_at is None:
@@ -230,7 +247,8 @@ class Agent:
 
     def _answer(self, opened: RoundOpen, number: int) -> Reply:
         """Return the reply to a round, from memory if it was measured before."""
-        asked = (opened.plan, opened.batch_size, opened.central)
+        asked = (opened.plan, opened.batch_of(number), opened.central)
+        self._answered = opened.plan.round
         if self._reply is None or self._reply_to != asked:
             self._reply, self._reply_to = self._measured(opened, number), asked
         return replace(self._reply, epoch=opened.epoch, attempt=opened.attempt)
@@ -240,12 +258,12 @@ class Agent:
             epoch=opened.epoch,
             round=opened.plan.round,
             attempt=opened.attempt,
-            samples=opened.batch_size,
+            samples=opened.batch_of(number),
             loss=float("nan"),
             peak_kib=self._peak_kib(),
             digest=self.replica.digest(),
         )
-        batch = min(opened.batch_size, self._largest_batch or opened.batch_size)
+        batch = min(opened.batch_of(number), self._largest_batch or opened.batch_size)
         while True:
             try:
                 made = self._estimate(self.replica, replace(opened, batch_size=batch), number)

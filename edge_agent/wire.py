@@ -10,7 +10,7 @@ program computes with is what a record says.
 
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -53,6 +53,8 @@ LARGEST_SCALAR = 1e9
 _PLAN = struct.Struct("<IQBBBBHHff")
 _RECORD = struct.Struct("<HBQ")
 _OPEN = struct.Struct("<BBHHHBBIH")
+_COUNT = struct.Struct("<H")
+_BATCH = struct.Struct("<IH")
 _REPLY = struct.Struct("<BBHIHHIfIQ")
 _SLICE = struct.Struct("<BBHIH")
 _REQUEST = struct.Struct("<BBHI")
@@ -174,6 +176,9 @@ class RoundOpen:
         closing: The run ends here: catch up, report, do not estimate.
         deadline_ms: Time left from the first announcement.
         cohort: Who is asked.
+        batches: Agents that take fewer samples than ``batch_size``, with how many.
+        uncounted: Agents that were asked in the round before and whose reply did not count; everybody else's
+            did. This acknowledges replies.
         records: The newest records, ending with round ``plan.round - 1``.
     """
 
@@ -186,6 +191,12 @@ class RoundOpen:
     deadline_ms: int
     cohort: Cohort
     records: tuple[RoundRecord, ...] = ()
+    batches: Mapping[int, int] = field(default_factory=dict)
+    uncounted: frozenset[int] = frozenset()
+
+    def batch_of(self, agent: int) -> int:
+        """Return the samples of a local step for an agent."""
+        return self.batches.get(agent, self.batch_size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -245,7 +256,8 @@ def encode(message: RoundOpen | Reply | Slice | SliceRequest | Snapshot) -> byte
     """Return the bytes of a message."""
     if isinstance(message, RoundOpen):
         cohort = message.cohort.to_bytes()
-        flags = message.central | message.closing << 1
+        flags = message.central | message.closing << 1 | bool(message.batches) << 2
+        flags |= bool(message.uncounted) << 3
         head = _OPEN.pack(
             WIRE_VERSION,
             _KIND_OPEN,
@@ -257,7 +269,10 @@ def encode(message: RoundOpen | Reply | Slice | SliceRequest | Snapshot) -> byte
             message.deadline_ms,
             len(cohort),
         )
-        return head + cohort + _encode_plan(message.plan) + b"".join(map(encode_record, message.records))
+        more = _encode_batches(message.batches) + _encode_uncounted(message.uncounted)
+        return (
+            head + cohort + _encode_plan(message.plan) + more + b"".join(map(encode_record, message.records))
+        )
     if isinstance(message, Reply):
         scalars = message.scalars.astype("<f4").tobytes()
         head = _REPLY.pack(
@@ -427,8 +442,10 @@ def _decode_open(reader: _Reader) -> RoundOpen:
     _, _, epoch, attempt, batch, flags, count, deadline, size = reader.unpack(_OPEN)
     cohort = Cohort.from_bytes(reader.take(int(size)))
     plan = _read_plan(reader)
-    if int(flags) > 3 or batch < 1:
+    if int(flags) > 15 or batch < 1:
         raise WireError(f"flags {flags} or batch size {batch} is out of range")
+    batches = _read_batches(reader, int(batch)) if int(flags) & 4 else {}
+    uncounted = _read_uncounted(reader) if int(flags) & 8 else frozenset()
     records = _read_records(reader, int(count), plan.round - int(count))
     return RoundOpen(
         plan=plan,
@@ -439,8 +456,37 @@ def _decode_open(reader: _Reader) -> RoundOpen:
         closing=bool(int(flags) & 2),
         deadline_ms=int(deadline),
         cohort=cohort,
+        batches=batches,
+        uncounted=uncounted,
         records=records,
     )
+
+
+def _encode_batches(batches: Mapping[int, int]) -> bytes:
+    rows = b"".join(_BATCH.pack(agent, batches[agent]) for agent in sorted(batches))
+    return _COUNT.pack(len(batches)) + rows if batches else b""
+
+
+def _read_batches(reader: _Reader, most: int) -> dict[int, int]:
+    (count,) = reader.unpack(_COUNT)
+    rows = [reader.unpack(_BATCH) for _ in range(int(count))]
+    agents = [int(agent) for agent, _ in rows]
+    if not rows or agents != sorted(set(agents)) or not all(1 <= batch < most for _, batch in rows):
+        raise WireError("smaller batches must be of ascending agents and smaller than the round's")
+    return {int(agent): int(batch) for agent, batch in rows}
+
+
+def _encode_uncounted(agents: frozenset[int]) -> bytes:
+    bits = Cohort(agents).to_bytes() if agents else b""
+    return _COUNT.pack(len(bits)) + bits if bits else b""
+
+
+def _read_uncounted(reader: _Reader) -> frozenset[int]:
+    (size,) = reader.unpack(_COUNT)
+    members = Cohort.from_bytes(reader.take(int(size))).members
+    if not members:
+        raise WireError("a set of replies that did not count must not be empty")
+    return members
 
 
 def _decode_reply(reader: _Reader) -> Reply:

@@ -118,12 +118,18 @@ class Budget:
         flops_per_round: FLOPs in one round.
         flops_per_day: FLOPs in 24 hours.
         bytes_per_day: Bytes on the wire, both ways, in 24 hours.
+        temperature_c: The board's hottest zone.
+        battery_percent: The charge below which the board is left alone.
+        energy_wh_per_day: Watt-hours in 24 hours, where the board reports its power.
     """
 
     memory_mib: float | None = None
     flops_per_round: int | None = None
     flops_per_day: int | None = None
     bytes_per_day: int | None = None
+    temperature_c: float | None = None
+    battery_percent: float | None = None
+    energy_wh_per_day: float | None = None
 
     def exceeded(self, spent: Spent) -> list[str]:
         """Return one sentence for each limit that ``spent`` exceeds, with both numbers."""

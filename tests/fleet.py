@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from coordinator.ledger import Ledger
 from coordinator.rounds import Rounds, Terms
 from coordinator.scalar_log import ScalarLog
 from coordinator.service import Service
@@ -131,6 +132,7 @@ class FleetInMemory:
             replica=replica,
             recent=list(self.log.records(max(0, replica.round - 4))),
             seed=7,
+            ledger=self.ledger(),
         )
         self.service = Service(
             link=self.coordinator_link,
@@ -142,6 +144,10 @@ class FleetInMemory:
             clock=lambda: self.now,
         )
         self.service.start()
+
+    def ledger(self) -> Ledger | None:
+        """Return the books of the fleet, for tests that have some."""
+        return None
 
     def terms_of(self, round_: int) -> Terms:
         """Return the terms of a round, for tests that change them."""

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.changes import Changes, changed
 from coordinator.config import load_experiment
 from coordinator.control import Control
 from coordinator.log_schema import SCHEMA_VERSION
+from coordinator.plans import CHANGED, Plans
 from coordinator.rebuild import rebuild_run
 from coordinator.scalar_log import ScalarLog
 from edge_agent.replay import apply_records
-from profiles.errors import ConfigError, LogError
+from profiles.errors import LogError
 from tests.fleet import FleetInMemory, fresh_replica, plan_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,12 +36,12 @@ class SteeredFleet(FleetInMemory):
         super().__init__(folder, **options)
 
     def start_coordinator(self):
-        self.changes = Changes(self.experiment, self.log)
+        self.plans = Plans(self.experiment, None, self.log.texts_of(CHANGED))
         super().start_coordinator()
-        self.control = Control(self.log, self.changes, self.service)
+        self.control = Control(self.log, self.plans, self.service)
 
     def terms_of(self, round_):
-        rate = self.changes.at(round_).method.learning_rate
+        rate = self.plans.experiment(round_).method.learning_rate
         return replace(self.terms, plan_of=lambda r: replace(plan_of(r), learning_rate=rate))
 
     def ask(self, verb, *arguments):
@@ -139,7 +139,7 @@ def test_a_wrong_change_is_refused_and_changes_nothing(fleet, wrong):
     told = fleet.ask("set", wrong)
     assert told["error"]
     assert told["hint"]
-    assert fleet.log.changes() == []
+    assert fleet.log.texts_of(CHANGED) == []
 
 
 def test_an_unknown_order_is_answered(fleet):
@@ -148,32 +148,18 @@ def test_an_unknown_order_is_answered(fleet):
     assert "error" in fleet.ask("set")
 
 
-def test_a_change_keeps_everything_else(experiment):
-    """Only the named constant differs afterwards."""
-    other = changed(experiment, ["nu=0.2", "fleet.quorum=4"])
-    assert (other.method.constants["nu"], other.fleet.quorum) == (0.2, 4)
-    assert replace(other, method=experiment.method, fleet=experiment.fleet) == experiment
-
-
-def test_a_change_needs_a_value(experiment):
-    """A name alone is refused with an example."""
-    with pytest.raises(ConfigError, match="changes nothing") as refused:
-        changed(experiment, ["nu"])
-    assert "CONSTANT=VALUE" in refused.value.hint
-
-
 def test_a_log_of_the_first_schema_is_brought_up_to_date(fleet, tmp_path):
     """A log without the newer tables gets them, and keeps every record."""
     fleet.run()
     fleet.log.close()
     with sqlite3.connect(tmp_path / "log.sqlite") as db:
-        for table in ("changes", "orders", "ledger"):
+        for table in ("orders", "ledger"):
             db.execute(f"DROP TABLE {table}")
         db.execute("UPDATE meta SET value = '1' WHERE key = 'schema'")
     db.close()
     with ScalarLog.open(tmp_path / "log.sqlite") as log:
         assert log.verify() == 12
-        assert log.changes() == []
+        assert log.open_orders() == []
         assert log.meta()["schema"] == str(SCHEMA_VERSION)
 
 
@@ -211,7 +197,8 @@ def test_a_run_of_processes_is_steered_from_beside(tmp_path):
         assert process.wait(60) == 130
         assert "--resume" in process.stderr.read()
     with ScalarLog.open(run / "log.sqlite") as log:
-        log.add_change(len(log), "test", json.dumps([f"rounds={len(log) + 3}"]))
+        last = {"round": len(log), "settings": [f"rounds={len(log) + 3}"]}
+        log.add_event(CHANGED, "", json.dumps(last))
     done = subprocess.run([*start, "--resume"], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     with ScalarLog.open(run / "log.sqlite") as log:

@@ -53,7 +53,7 @@ def test_a_coordinator_that_starts_again_goes_on_with_the_changes(plans, tmp_pat
     ("setting", "words"),
     [
         ("method.name=decomfl", "`method.name` cannot change"),
-        ("rounds=5", "`rounds` cannot change"),
+        ("seed=5", "`seed` cannot change"),
         ("method.nu=1.5", "less than 1"),
         ("method.epsilon=0", "epsilon"),
     ],
