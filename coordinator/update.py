@@ -6,6 +6,7 @@ release (``flash.payload``) nor how a board takes it over (``edge_agent.update``
 
 import contextlib
 import json
+import ssl
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from coordinator.operator import operator_tls
 from coordinator.status import read_status
 from coordinator.web import WebServer, folder_files
 from edge_agent.link import Connected, Disconnected, Message, MqttLink
@@ -140,7 +142,9 @@ class MqttRoom:
 
     def __init__(self, broker: str, *, namespace: str, run: str) -> None:
         self._topics = Topics(namespace, run)
-        self._link = MqttLink(broker, client_id=f"{run}-updater-{time.monotonic_ns() % 1_000_000_000}")
+        self._link = MqttLink(
+            broker, client_id=f"{run}-updater-{time.monotonic_ns() % 1_000_000_000}", tls=operator_tls(broker)
+        )
         self._link.subscribe(self._topics.status("+"))
         deadline = time.monotonic() + 10
         while not isinstance(event := self._link.receive(0.2), Connected):
@@ -181,7 +185,12 @@ class MqttRoom:
 
 @contextlib.contextmanager
 def served(
-    releases: Sequence[Mapping[str, bytes]], *, host: str, address: str, port: int = 0
+    releases: Sequence[Mapping[str, bytes]],
+    *,
+    host: str,
+    address: str,
+    port: int = 0,
+    tls: Callable[[], ssl.SSLContext] | None = None,
 ) -> Iterator[list[str]]:
     """Serve payloads while the context lasts and yield where the boards find each.
 
@@ -190,6 +199,7 @@ def served(
         host: Address to listen on.
         address: Of this machine, as the boards reach it.
         port: 0 for any free one.
+        tls: Makes the context for a connection; None for plain HTTP.
 
     Raises:
         BrokerError: The port cannot be had.
@@ -200,7 +210,8 @@ def served(
                 target = Path(folder) / str(number) / path
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(data)
-        with WebServer(host=host, port=port) as server:
+        with WebServer(host=host, port=port, tls=tls) as server:
             server.add_get("/updates/", folder_files(Path(folder)))
             shown = f"[{address}]" if ":" in address else address
-            yield [f"http://{shown}:{server.port}/updates/{number}" for number in range(len(releases))]
+            scheme = "https" if tls else "http"
+            yield [f"{scheme}://{shown}:{server.port}/updates/{number}" for number in range(len(releases))]

@@ -12,9 +12,14 @@ import platform
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from edge_agent.credentials import client_context, read_credentials
 from edge_agent.update import Offer, fetch_offer, is_genuine, last_number, read_offer
 from profiles.errors import ScalarfedError
+
+if TYPE_CHECKING:
+    import ssl
 
 __all__ = ["Commands", "find_led"]
 
@@ -139,7 +144,9 @@ class Commands:
 
             try:
                 places = [self._opt / "payload", *(Path(boot) / "scalarfed" for boot in _BOOTS)]
-                self._fetch(offer, self._state / "update", sources=places, on_bytes=tell)
+                self._fetch(
+                    offer, self._state / "update", sources=places, on_bytes=tell, tls=self._tls(offer.url)
+                )
                 self._ask("update", "")
                 self._tell("fetched", offer.number, f"{offer.release} is here; root installs it")
             except (ScalarfedError, OSError) as error:
@@ -148,6 +155,13 @@ class Commands:
         self._tell("fetching", offer.number, f"{offer.release} from {offer.url}")
         self._thread = threading.Thread(target=work, name="update", daemon=True)
         self._thread.start()
+
+    def _tls(self, url: str) -> "ssl.SSLContext | None":
+        folder = self._state / "security"
+        if not url.startswith("https://") or not (folder / "device.crt").is_file():
+            return None
+        mine = read_credentials(folder)
+        return client_context(mine.ca, mine.certificate, mine.key)
 
     def _locate(self, seconds: object, number: object) -> None:
         led = find_led(self._leds)

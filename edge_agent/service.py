@@ -19,11 +19,12 @@ from typing import Any
 
 from edge_agent.__main__ import main as run_agent
 from edge_agent.commands import Commands
+from edge_agent.credentials import client_context, read_credentials
 from edge_agent.heartbeat import Heartbeat
 from edge_agent.link import Message, MqttLink
 from edge_agent.telemetry import read_telemetry
 from edge_agent.topics import Topics
-from profiles.errors import ConfigError, ScalarfedError
+from profiles.errors import ConfigError, ScalarfedError, SecurityError
 
 __all__ = ["SAFE_AFTER", "StartCounter", "agent_arguments", "main"]
 
@@ -32,6 +33,7 @@ SAFE_AFTER = 5
 
 _STATE = Path("/var/lib/scalarfed")
 _OPT = Path("/opt/scalarfed")
+_SECURITY = "security"
 _TRIAL_S = 600.0
 _SAFE_S = 900.0
 _UNREACHED_S = 300.0
@@ -103,6 +105,7 @@ def agent_arguments(settings: Mapping[str, Any], *, state: Path = _STATE) -> lis
         *("--run", str(settings["run"]), "--name", str(settings["name"])),
         *("--bundle", str(state / "bundle"), "--data", str(data), "--state", str(state)),
         *("--profile", str(settings.get("profile") or ""), "--memory-mib", str(settings["memory_mib"])),
+        *(("--security", str(state / _SECURITY)) if settings.get("security") else ()),
     ]
 
 
@@ -133,6 +136,8 @@ def main(arguments: Sequence[str] | None = None, *, state: Path = _STATE, opt: P
             target=_watch, args=(heart, counter, state, trial), name="start", daemon=True
         )
         watch.start()
+        if (state / _SECURITY / "ticket.json").exists():
+            heart.ready("waiting to be enrolled")  # for as long as it takes: that is no failed start
         code = run_agent(
             agent_arguments(settings, state=state),
             heart=heart,
@@ -190,15 +195,28 @@ def _stay_safe(settings: Mapping[str, Any], counter: StartCounter, state: Path, 
     told = {"name": name, "state": "safe mode", "starts": starts, "last_words": _printable(last_words)}
     will = json.dumps({"name": name, "state": "offline"}).encode()
     heart = Heartbeat()
+    heart.ready("safe mode")
+    deadline = time.monotonic() + _SAFE_S
     ordered = topics.command(name)
+    tls = None
+    if settings.get("security"):
+        try:
+            mine = read_credentials(state / _SECURITY)
+            tls = client_context(mine.ca, mine.certificate, mine.key)
+        except SecurityError as error:  # nobody would let it in: the card alone can tell
+            _LOG.warning("%s", error)
+            while time.monotonic() < deadline:
+                heart.progress()
+                time.sleep(1.0)
+            counter.joined()
+            return 0
     link = MqttLink(
         str(settings["broker"]),
         client_id=f"{settings['run']}-{name}",
         will=(topics.status(name), will),
+        tls=tls,
     )
     link.subscribe(ordered)
-    heart.ready("safe mode")
-    deadline = time.monotonic() + _SAFE_S
     said_at = float("-inf")
     try:
         while time.monotonic() < deadline:

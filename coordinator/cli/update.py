@@ -2,13 +2,15 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
+    import ssl
+
     from coordinator.boards import Board
     from coordinator.flash.payload import Payload
     from coordinator.update import Outcome
@@ -54,8 +56,11 @@ def update(
     A board that does not join its run with the new release returns to the former one by itself; if a canary
     does, the others are left alone.
     """
+    from coordinator.authority import Authority, default_folder
     from coordinator.flash.plan import run_of_bundle
+    from coordinator.operator import server_tls
     from coordinator.update import MqttRoom, Updater
+    from edge_agent.bundle import sign_bundle
     from profiles.errors import FlashError
 
     boards = _boards(names or [])
@@ -66,6 +71,8 @@ def update(
             hint="Name the boards of one run.",
         )
     ((url, namespace, now),) = places
+    if bundle is not None and url.startswith("mqtts://"):
+        sign_bundle(bundle, Authority(default_folder()).signer())
     then = run or (run_of_bundle(bundle) if bundle is not None else now)
     with contextlib.ExitStack() as stack:
         room = MqttRoom(url, namespace=namespace, run=now)
@@ -77,7 +84,7 @@ def update(
         kinds = _kinds(boards, url, namespace, now)
         payloads = _payloads(sorted(set(kinds.values())), bundle, then if bundle is not None else "")
         host = address or _host_of(url)
-        offers = stack.enter_context(_offers(payloads, kinds, host, port))
+        offers = stack.enter_context(_offers(payloads, kinds, host, port, server_tls(url, host)))
         updater = Updater(room, beyond=beyond, tick=lambda text: typer.echo(f"  {text}"))
         outcomes = updater.roll_out(offers, canaries=canary, within_s=wait)
     _conclude(outcomes, {board.name: board for board in boards}, offers, then)
@@ -139,7 +146,11 @@ def _payloads(
 
 @contextlib.contextmanager
 def _offers(
-    payloads: "dict[tuple[str, str], Payload]", kinds: dict[str, tuple[str, str]], host: str, port: int
+    payloads: "dict[tuple[str, str], Payload]",
+    kinds: dict[str, tuple[str, str]],
+    host: str,
+    port: int,
+    tls: "Callable[[], ssl.SSLContext] | None",
 ) -> "Iterator[dict[str, Offer]]":
     from coordinator.authority import Authority, default_folder
     from coordinator.update import served
@@ -147,7 +158,8 @@ def _offers(
 
     authority = Authority(default_folder())
     order = list(payloads)
-    with served([payloads[kind].files for kind in order], host="0.0.0.0", address=host, port=port) as urls:
+    files = [payloads[kind].files for kind in order]
+    with served(files, host="0.0.0.0", address=host, port=port, tls=tls) as urls:
         made = {}
         for kind, url in zip(order, urls, strict=True):
             machine, python = kind

@@ -106,7 +106,7 @@ class Settings:
 
     def to_json(self) -> bytes:
         """Return ``board.json``. It holds the token: keep it out of logs, and erase it where FAT shows it."""
-        told = {
+        told: dict[str, object] = {
             "format": 1,
             "name": self.name,
             "broker": self.broker,
@@ -115,11 +115,16 @@ class Settings:
             "memory_mib": self.memory_mib,
             "profile": self.profile,
             "data": self.data,
-            "token": self.credentials.token,
-            "fingerprint": self.credentials.fingerprint,
-            "enrol": self.credentials.enrol,
             "signing_key": self.credentials.signing_key,
+            "security": self.broker.startswith("mqtts://"),
         }
+        if self.credentials.token:
+            told["ticket"] = {
+                "name": self.name,
+                "url": self.credentials.enrol,
+                "ca_sha256": self.credentials.fingerprint,
+                "token": self.credentials.token,
+            }
         return (json.dumps(told, indent=1) + "\n").encode()
 
 

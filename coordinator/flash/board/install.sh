@@ -110,7 +110,14 @@ settings() {
   mv -f "$etc/board.json.new" "$etc/board.json"
 }
 if [ -f board.json ]; then
-  (umask 077 && cat board.json >"$etc/board.json.new")
+  # The ticket is a secret that the agent uses up; the settings are root's, and the agent may read them.
+  (umask 077 && mkdir -p "$var/security" && python3 -c 'import json, sys
+told = json.load(open("board.json"))
+ticket = told.pop("ticket", None)
+open(sys.argv[1], "w").write(json.dumps(told, indent=1))
+if ticket:
+    open(sys.argv[2], "w").write(json.dumps(ticket))' "$etc/board.json.new" "$var/security/ticket.json") ||
+    fail "settings: board.json cannot be read"
   settings
 fi
 [ -f "$etc/board.json" ] || fail "settings: board.json is neither here nor in $etc"
