@@ -134,6 +134,7 @@ class _Meter:
     ) -> None:
         self._replica = replica
         self._plan = plan
+        self._curvature = replica.curvature_for(plan)
         self._own = own
         self._losses = losses
         self._head_gradient = head_gradient if plan.exact else None
@@ -195,7 +196,7 @@ class _Meter:
             segments,
             terms,
             epsilon=self._plan.epsilon,
-            curvature=self._replica.curvature_for(self._plan),
+            curvature=self._curvature,
             threads=self._replica.threads,
         )
 

@@ -54,6 +54,7 @@ WEIGHT_STEPS = 3 << 22
 NO_LIMIT = 1 << 26
 """Grid steps that no weight comes near."""
 
+_LARGEST_FACTOR = 1e30
 _LARGEST_WHOLE = 127 * 128
 _ROUNDING = 1 << 32
 _MULTIPLIERS = np.array(
@@ -129,7 +130,7 @@ def step_scale(exponent: int) -> np.float32:
 
 def finite(factor: float) -> np.float32:
     """Return a factor >= 0 as float32, at most 1e30, so that no product with it is 0 times infinity."""
-    return np.float32(min(factor, 1e30))
+    return np.float32(min(factor, _LARGEST_FACTOR))
 
 
 def bf16_to_float(curvature: NDArray[np.uint16]) -> NDArray[np.float32]:
@@ -186,7 +187,7 @@ def perturb(
             segments,
             [term.key for term in terms],
             [term.times for term in terms],
-            epsilon=float(finite(epsilon)),
+            epsilon=min(epsilon, _LARGEST_FACTOR),
             curvature=curvature,
             threads=threads,
         )
