@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,9 +56,9 @@ class _PerturbJob(ctypes.Structure):
 class _UpdateJob(ctypes.Structure):
     _fields_ = (
         ("span", _Span),
-        ("keys", ctypes.c_void_p),
+        ("keys", ctypes.POINTER(ctypes.c_uint64)),
         ("wholes", ctypes.c_void_p),
-        ("amounts", ctypes.c_void_p),
+        ("amounts", ctypes.POINTER(ctypes.c_float)),
         ("steps", ctypes.c_int64),
         ("perturbations", ctypes.c_int64),
         ("largest_move", ctypes.c_float),
@@ -84,6 +84,9 @@ class Learning(NamedTuple):
     descent: float
     nu: float
     floor: float
+
+
+Term: TypeAlias = tuple[tuple[int, int, int, int], int]
 
 
 class Kernel:
@@ -122,40 +125,42 @@ class Kernel:
                 self._seen.pop(next(iter(self._seen)), None)
         return found
 
-    def perturb(
+    def displacer(
         self,
         weights: NDArray[np.float32],
         segments: Sequence[tuple[int, int, int]],
-        keys: Sequence[tuple[int, int, int, int]],
-        times: Sequence[int],
         *,
         epsilon: float,
         curvature: NDArray[np.uint16] | None,
         threads: int = 1,
-    ) -> None:
-        """Add ``sum_t times_t * epsilon * z_t``; see :func:`edge_agent.grid.perturb`.
+    ) -> Callable[[Sequence[Term]], None]:
+        """Return a function of terms that displaces the weights; see :func:`edge_agent.grid.displacer`.
 
         Raises:
-            ValueError: The arrays are not what the kernel may write to, or there are over 4 terms.
+            ValueError: The arrays are not what the kernel may write to; from the function: there are not 1
+                to 4 terms.
         """
-        count = len(keys)
-        if not 1 <= count <= 4:
-            raise ValueError(f"one pass takes 1 to 4 terms, got {count}")
         memory = self._memory(weights, segments, curvature)
-        job = memory.perturb_job
-        memory.keys[: 4 * count] = [field for key in keys for field in key]
-        memory.times[:count] = list(times)
-        job.terms, job.epsilon = count, epsilon
-        function, path = self._library.scalarfed_perturb, self._path
-        if threads == 1:
-            _check(function(path, job))
-            return
+        function, path, size = self._library.scalarfed_perturb, self._path, weights.size
+        keys, times = (ctypes.c_uint64 * 16)(), (ctypes.c_int32 * 4)()
+        job = _PerturbJob(memory.span(0, size), keys, times, 0, epsilon)
 
         def work(start: int, stop: int) -> int:
-            share = _PerturbJob(memory.span(start, stop), job.keys, job.times, count, epsilon)
-            return int(function(path, share))
+            return int(function(path, _PerturbJob(memory.span(start, stop), keys, times, job.terms, epsilon)))
 
-        _spread(work, weights.size, threads)
+        def displace(terms: Sequence[Term]) -> None:
+            if not 1 <= len(terms) <= 4:
+                raise ValueError(f"one pass takes 1 to 4 terms, got {len(terms)}")
+            for place, (key, count) in enumerate(terms):
+                keys[4 * place : 4 * place + 4] = key  # type: ignore[call-overload]  # any sequence will do
+                times[place] = count
+            job.terms = len(terms)
+            if threads == 1:
+                _check(function(path, job))
+            else:
+                _spread(work, size, threads)
+
+        return displace
 
     def update(
         self,
@@ -191,13 +196,15 @@ class Kernel:
             ValueError: The arrays are not what the kernel may write to, or do not fit each other.
         """
         steps, perturbations = wholes.shape
-        flat = np.array(keys, np.uint64)
-        if flat.shape != (steps, perturbations, 4) or len(amounts) != steps or not perturbations:
+        fits = [len(of_step) for of_step in keys] == [perturbations] * steps and len(amounts) == steps
+        if not (fits and perturbations):
             raise ValueError(
-                f"{flat.shape} keys and {len(amounts)} amounts do not fit scalars {wholes.shape}"
+                f"{len(keys)} steps of keys and {len(amounts)} amounts do not fit {wholes.shape}"
             )
+        fields = [field for of_step in keys for key in of_step for field in key]
+        flat = (ctypes.c_uint64 * (4 * wholes.size))(*fields)
+        factors = (ctypes.c_float * steps)(*amounts)
         wholes = np.ascontiguousarray(wholes, np.int32)
-        factors = np.array(amounts, np.float32)
         memory = self._memory(weights, segments, curvature)
         learns = (0, 0.0, 0.0, 0.0, 0.0)
         if learning is not None:
@@ -208,9 +215,9 @@ class Kernel:
         def work(start: int, stop: int) -> int:
             job = _UpdateJob(
                 memory.span(start, stop),
-                flat.ctypes.data,
+                flat,
                 wholes.ctypes.data,
-                factors.ctypes.data,
+                factors,
                 steps,
                 perturbations,
                 largest_move,
@@ -237,7 +244,7 @@ class Kernel:
 
 
 class _Memory:
-    """Arrays that were found fit for the kernel, where they lie, and a job to fill in for them.
+    """Arrays that were found fit for the kernel, and where they lie.
 
     Args:
         weights: Flat float32 vector.
@@ -271,8 +278,6 @@ class _Memory:
         self._curvature = None if curvature is None else weakref.ref(curvature)
         pointer = None if curvature is None else curvature.ctypes.data
         self._span = (weights.ctypes.data, pointer, table.ctypes.data, len(table))
-        self.keys, self.times = (ctypes.c_uint64 * 16)(), (ctypes.c_int32 * 4)()
-        self.perturb_job = _PerturbJob(self.span(0, weights.size), self.keys, self.times, 0, 0.0)
 
     def is_of(
         self,
