@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 EXPERIMENT := examples/digits.toml
 DEMO := runs/demo
+BOARD := build/board
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow chaos lint format tree figures clean
+.PHONY: help demo test slow board-test chaos lint format tree figures clean
 
 help:  ## list what make can do here
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(READY)  ## prune a net, train it on six agents over MQTT, write a report
 	@out=$(DEMO); number=2; \
@@ -24,6 +25,10 @@ test: $(READY)  ## run the tests, all but the slow ones
 
 slow: $(READY)  ## run the slow tests: minutes, not seconds
 	@$(BIN)/python -m pytest -m slow
+
+board-test: $(READY)  ## boot a flashed image on an emulated board and let it train (needs root and qemu)
+	@sh tests/board/build.sh $(BOARD)
+	@BOARD=$(abspath $(BOARD)) $(BIN)/python -m pytest -m board -n 0 -s tests/board
 
 SEED := 7
 ROUNDS := 200
@@ -66,3 +71,5 @@ $(READY): $(BIN)/python pyproject.toml constraints.txt $(wildcard setup.py edge_
 	@echo "Installing scalarfed into $(VENV). The first time takes minutes: torch is large."
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[coordinator,prune,dev]'
 	@touch $@
+
+include native.mk

@@ -76,7 +76,9 @@ class Pruning:
         schedule_steps: Steps in which the density falls.
     """
 
-    method: Annotated[str, Choice(("ntk", "uniform", "none"))] = "ntk"
+    method: Annotated[
+        str, Choice(("ntk", "synflow", "snip", "grasp", "magnitude", "erk", "random", "uniform", "none"))
+    ] = "ntk"
     density: Annotated[
         float,
         Number(
@@ -129,7 +131,7 @@ class Fleet:
         deadline_s: Seconds until a round closes or is extended.
         resend_s: Seconds after which an unanswered round message is sent again.
         aggregation: How the agents' scalars become one: ``mean`` trusts all, ``median``, ``trimmed`` (mean
-            without the smallest and largest) and ``krum`` bear some liars.
+            without the smallest and largest) and ``krum`` bear some liars, and leave out who is suspected.
         liars: The share of the agents that may lie; the mean does not look at it.
     """
 

@@ -2,8 +2,7 @@
 
 Two numbers an agent and round: the length of its vector of scalars over the median length of all, and the
 cosine with the median vector of the others' directions. Both are averaged over about twenty rounds, and an
-agent far beyond its fellows is suspected. Changes nothing: what a liar can do to the result is decided by
-the aggregation rule.
+agent far beyond its fellows is suspected until it is like them again. Knows nothing of what follows.
 """
 
 import math
@@ -22,6 +21,7 @@ _FEWEST_AGENTS = 4
 _LONGER = 8.0
 _TOO_UNLIKE = 4.0
 _SMALLEST_SPREAD = 0.08
+_LIKE_AGAIN = 0.5
 
 
 @dataclass
@@ -48,9 +48,12 @@ class Outliers:
         self.standings: dict[int, Standing] = {}
 
     def observe(self, replies: Mapping[int, Reply]) -> list[tuple[int, str]]:
-        """Take in the counted replies of a round; return who is newly suspected, and why.
+        """Take in the counted replies of a round; return whose standing changed.
 
         Fewer than four replies say nothing of each other.
+
+        Returns:
+            Agents with what is said of them; an empty text for one that is like the others again.
         """
         if len(replies) < _FEWEST_AGENTS:
             return []
@@ -66,7 +69,7 @@ class Outliers:
         cosines = directions @ centre / centre_length if centre_length > 0 else np.zeros(len(order))
         for number, length, cosine in zip(order, lengths, cosines, strict=True):
             self._update(number, math.log(max(float(length) / typical, 1e-30)), float(cosine))
-        return self._newly_suspected(order)
+        return self._changes(order)
 
     def _update(self, number: int, log_length: float, cosine: float) -> None:
         standing = self.standings.setdefault(number, Standing())
@@ -75,7 +78,7 @@ class Outliers:
         standing.length = math.exp((1 - share) * math.log(standing.length) + share * log_length)
         standing.cosine += share * (cosine - standing.cosine)
 
-    def _newly_suspected(self, order: list[int]) -> list[tuple[int, str]]:
+    def _changes(self, order: list[int]) -> list[tuple[int, str]]:
         known = [
             self.standings[number] for number in order if self.standings[number].rounds >= _FEWEST_ROUNDS
         ]
@@ -88,15 +91,21 @@ class Outliers:
         found = []
         for number in order:
             standing = self.standings[number]
-            if standing.suspected or standing.rounds < _FEWEST_ROUNDS:
+            if standing.rounds < _FEWEST_ROUNDS:
                 continue
-            if not 1 / _LONGER <= standing.length <= _LONGER:
+            before, patience = standing.suspected, _LIKE_AGAIN if standing.suspected else 1.0
+            longest = _LONGER**patience
+            standing.suspected = ""
+            if not 1 / longest <= standing.length <= longest:
                 standing.suspected = f"its scalars are {standing.length:.3g} times as large as the others'"
-            elif standing.cosine < middle - _TOO_UNLIKE * spread:
+            elif standing.cosine < middle - patience * _TOO_UNLIKE * spread:
                 standing.suspected = (
                     f"its scalars point elsewhere: mean cosine {standing.cosine:.2f}, typical {middle:.2f}"
                 )
-            else:
-                continue
-            found.append((number, standing.suspected))
+            if bool(before) != bool(standing.suspected):
+                found.append((number, standing.suspected))
         return found
+
+    def suspects(self) -> list[int]:
+        """Return the numbers of the agents that are suspected, in their order."""
+        return sorted(number for number, standing in self.standings.items() if standing.suspected)

@@ -13,9 +13,13 @@ from numpy.typing import NDArray
 from coordinator.scalar_log import ScalarLog
 from edge_agent.bundle import Bundle, read_bundle
 from edge_agent.replay import Replica, apply_record
-from profiles.errors import DigestError, LogError
+from edge_agent.state import load_replica
+from profiles.errors import DigestError, LogError, StateError
 
-__all__ = ["rebuild", "rebuild_run", "write_model"]
+__all__ = ["CHECKPOINT", "rebuild", "rebuild_run", "resume_replica", "write_model"]
+
+CHECKPOINT = "checkpoint.state"
+"""Name of the file in a run folder that holds the replica of some round."""
 
 
 def rebuild_run(run: Path, rounds: int | None = None) -> tuple[Bundle, Replica]:
@@ -39,6 +43,26 @@ def rebuild_run(run: Path, rounds: int | None = None) -> tuple[Bundle, Replica]:
             )
         log.verify()
         return bundle, rebuild(bundle, log, rounds)
+
+
+def resume_replica(bundle: Bundle, log: ScalarLog, *, checkpoint: Path, run: str) -> Replica:
+    """Return the replica after the whole log, from the checkpoint on if there is one that the log bears out.
+
+    Raises:
+        DigestError: A record leads elsewhere than it says.
+    """
+    try:
+        found = load_replica(checkpoint, bundle.replica(), bundle_identity=bundle.identity, run=run)
+    except StateError:
+        found = None
+    if found is None or not 0 < found.round <= len(log):
+        return rebuild(bundle, log)
+    (last,) = log.records(found.round - 1, found.round)
+    if last.digest != found.digest():
+        return rebuild(bundle, log)
+    for record in log.records(found.round):
+        apply_record(found, record)
+    return found
 
 
 def rebuild(bundle: Bundle, log: ScalarLog, rounds: int | None = None) -> Replica:

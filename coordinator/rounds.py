@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from coordinator.aggregation import aggregate, mean_loss
+from coordinator.aggregation import aggregate, mean_loss, tolerated
 from coordinator.outliers import Outliers
 from edge_agent.noise import NoiseKey, hash_words
 from edge_agent.replay import Replica, apply_record
@@ -270,6 +270,9 @@ class Rounds:
             actions.append(Note("estimate failed", agent, f"round {round_}"))
         else:
             opened.counted[agent] = reply
+            if reply.samples < opened.message.batch_size:
+                fewer = f"round {round_}: {reply.samples} of {opened.message.batch_size} samples"
+                actions.append(Note("smaller batch", agent, fewer))
         return actions + self._close_if_over(now)
 
     def on_tick(self, now: float) -> list[Action]:
@@ -318,7 +321,7 @@ class Rounds:
             return "duplicate"
         if not reply.failed and reply.scalars.size != plan.steps * plan.scalars:
             return "wrong number of scalars"
-        if reply.samples != opened.message.batch_size:
+        if not 1 <= reply.samples <= opened.message.batch_size:
             return "wrong number of samples"
         if reply.digest != opened.digest:
             return "digest disagrees"
@@ -342,9 +345,11 @@ class Rounds:
         plan = opened.message.plan
         skipped = len(counted) < max(1, self._needed(opened))
         shape = (plan.steps, plan.scalars)
+        changes = [] if skipped else self.outliers.observe(counted)
         flat = np.zeros(plan.steps * plan.scalars, np.float32)
+        trusted, liars = self._trusted(counted)
         if not skipped:
-            flat = aggregate(counted, rule=self._rule, liars=self._liars)
+            flat = aggregate(trusted, rule=self._rule, liars=liars)
         record = RoundRecord(plan, self._epoch, skipped, flat.reshape(shape), digest=0)
         apply_record(self.replica, record, check=False)
         record = replace(record, digest=self.replica.digest())
@@ -358,12 +363,24 @@ class Rounds:
         if skipped:
             missing = f"round {plan.round}: {len(counted)} of {self._needed(opened)} needed"
             actions.append(Note("skipped", None, missing))
-        else:
-            actions += [Note("suspect", agent, text) for agent, text in self.outliers.observe(counted)]
-        replies = {a: (reply, a in counted and not skipped) for a, reply in opened.answered.items()}
-        loss = None if skipped else mean_loss(counted)
+        for agent, text in changes:
+            actions.append(Note("suspect" if text else "trusted again", agent, text))
+        replies = {a: (reply, a in trusted and not skipped) for a, reply in opened.answered.items()}
+        loss = None if skipped else mean_loss(trusted)
         actions.append(Commit(record, loss, opened.opened_s, replies))
         return actions + self._open_next(now)
+
+    def _trusted(self, counted: dict[int, Reply]) -> tuple[dict[int, Reply], float]:
+        """Return the replies without those of suspects, and what share of them may still lie.
+
+        The mean trusts all. The other rules leave out no more suspects than may lie.
+        """
+        if self._rule == "mean" or not counted:
+            return counted, self._liars
+        bearable = tolerated(len(counted), self._liars)
+        left_out = [agent for agent in self.outliers.suspects() if agent in counted][:bearable]
+        trusted = {agent: reply for agent, reply in counted.items() if agent not in left_out}
+        return trusted, (bearable - len(left_out)) / len(trusted)
 
     def _account(self, agent: int, opened: _Open, round_: int, *, applied: bool) -> list[Action]:
         """Note what an agent did in a round that is over."""

@@ -277,6 +277,25 @@ class ScalarLog:
         for number, data, _ in self._rows(start, stop):
             yield _decoded(number, data)
 
+    def bytes_between(self, start: int, stop: int) -> int:
+        """Return how many bytes the records of rounds ``start`` to ``stop`` have together."""
+        query = "SELECT COALESCE(SUM(LENGTH(record)), 0) FROM records WHERE round >= ? AND round < ?"
+        return self._count(query, start, stop)
+
+    def compact(self, *, keep_replies: bool) -> tuple[int, int]:
+        """Give back the room that the file does not need; return its size before and after, in bytes.
+
+        Args:
+            keep_replies: False drops the agents' own scalars too; they are for people, replay needs none.
+        """
+        before = self.path.stat().st_size
+        if not keep_replies:
+            with self._db:
+                self._db.execute("DELETE FROM replies")
+        self._db.execute("VACUUM")
+        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        return before, self.path.stat().st_size
+
     def verify(self) -> int:
         """Check the chain and the order of all rows; return their number.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.config import load_experiment
-from coordinator.rebuild import rebuild
+from coordinator.rebuild import CHECKPOINT, resume_replica
 from coordinator.scalar_log import ScalarLog
 from coordinator.service import Service
 from coordinator.testbed import rounds_of
@@ -43,7 +43,7 @@ def serve_run(
     experiment = load_experiment(run / "experiment.toml")
     bundle = read_bundle(run / "bundle")
     with ScalarLog.open(run / "log.sqlite") as log:
-        replica = rebuild(bundle, log)
+        replica = resume_replica(bundle, log, checkpoint=run / CHECKPOINT, run=experiment.name)
         epoch = log.next_epoch()
         log.add_event("coordinator started", "", f"epoch {epoch}, round {replica.round}")
         rounds = rounds_of(
@@ -57,6 +57,7 @@ def serve_run(
             rounds=rounds,
             agents=[agent.name for agent in experiment.agents],
             bundle_identity=bundle.identity,
+            checkpoint=run / CHECKPOINT,
             on_commit=on_commit,
         )
         try:

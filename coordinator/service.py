@@ -8,6 +8,7 @@ import json
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from coordinator.rounds import Action, Announce, Commit, Late, Rounds
@@ -15,9 +16,10 @@ from coordinator.scalar_log import ScalarLog
 from coordinator.status import read_status
 from edge_agent.link import Connected, Link, Message
 from edge_agent.roster import pack_names
+from edge_agent.state import replica_bytes, save_replica
 from edge_agent.topics import Topics, shard_of
-from edge_agent.wire import Reply, RoundRecord, Slice, SliceRequest, decode, encode
-from profiles.errors import WireError
+from edge_agent.wire import MAX_MESSAGE, Reply, RoundRecord, Slice, SliceRequest, Snapshot, decode, encode
+from profiles.errors import StateError, WireError
 
 __all__ = ["Service"]
 
@@ -45,6 +47,9 @@ class Service:
         agents: Names of the fleet in the order of their numbers.
         bundle_identity: What the agents must have.
         shards: Topics over which the agents are spread.
+        checkpoint: File for the replica as it is every few hundred rounds; it bounds what a late joiner, or
+            the next coordinator, has to replay. None keeps it in memory alone.
+        checkpoint_every: Rounds between two of them.
         on_commit: Called after every record that is on the disk.
         on_idle: Called a few times a second, for whoever watches processes.
         clock: Monotonic seconds.
@@ -65,6 +70,8 @@ class Service:
         agents: Sequence[str],
         bundle_identity: str,
         shards: int = 1,
+        checkpoint: Path | None = None,
+        checkpoint_every: int = 500,
         on_commit: Callable[[RoundRecord, float | None], None] = lambda record, loss: None,
         on_idle: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
@@ -81,6 +88,9 @@ class Service:
         self._roster = pack_names(agents)
         self._bundle_identity = bundle_identity
         self._shards = shards
+        self._checkpoint = checkpoint
+        self._checkpoint_every = checkpoint_every
+        self._snapshot: tuple[int, bytes] | None = None  # the round before which it stands, and the message
         self._on_commit = on_commit
         self._on_idle = on_idle
         self._clock = clock
@@ -121,6 +131,8 @@ class Service:
         """Subscribe, publish the configuration and open the first round."""
         for pattern in ("u/#", "st/#", "q/#", "r/#", "ctl"):
             self._link.subscribe(self._topics.base + pattern)
+        if self._rounds.replica.round:
+            self._take_snapshot()
         self._publish_control()
         self._act(self._rounds.start(self._clock()))
 
@@ -229,11 +241,26 @@ class Service:
             events=self._events,
         )
         self._events.clear()
+        if (action.record.plan.round + 1) % self._checkpoint_every == 0:
+            self._take_snapshot()
         self._on_commit(action.record, action.loss)
+
+    def _take_snapshot(self) -> None:
+        """Keep the replica as it is, on the disk and, where a message can hold it, for late joiners."""
+        replica, run = self._rounds.replica, self._topics.run
+        if self._checkpoint is not None:
+            try:
+                save_replica(self._checkpoint, replica, bundle_identity=self._bundle_identity, run=run)
+            except StateError as error:
+                self._tell("checkpoint failed", "", str(error), stranger=False)
+        if replica.weights.nbytes < MAX_MESSAGE:
+            state = replica_bytes(replica, bundle_identity=self._bundle_identity, run=run)
+            message = encode(Snapshot(self._rounds.epoch, state))
+            self._snapshot = (replica.round, message) if len(message) <= MAX_MESSAGE else None
 
     def _tell(self, kind: str, name: str, text: str, *, stranger: bool) -> None:
         """Note an event for people: all of them at first, then ever fewer of what anybody can cause."""
-        always = kind in ("missed", "excluded", "skipped", "extended", "suspect")
+        always = kind in ("missed", "excluded", "skipped", "extended", "suspect", "trusted again")
         self._told[kind, name] += 1
         count = self._told[kind, name]
         if always or count in (_STRANGERS_TOLD_AT if stranger else _TOLD_AT):
@@ -320,6 +347,11 @@ class Service:
         if not self._may_have_slice(name, now):
             self._drop("requests too often", name)
             return
+        if self._snapshot is not None and message.first < self._snapshot[0]:
+            round_, snapshot = self._snapshot
+            if len(snapshot) < self._log.bytes_between(message.first, round_):
+                self._link.publish(self._topics.answer(name), snapshot)
+                return
         records: list[RoundRecord] = []
         size = 0
         for record in self._log.records(message.first, message.first + _SLICE_RECORDS):

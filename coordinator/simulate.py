@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from coordinator.config import dump
 from coordinator.experiment import Experiment
+from coordinator.health import Health
 from coordinator.partition import partition
 from coordinator.progress import Observer
 from coordinator.rounds import Action, Announce, Commit, Rounds
@@ -103,11 +104,15 @@ def _simulate(experiment: Experiment, folder: Path, observer: Observer) -> dict[
         log.add_evaluation(0, *judge())
         observer.stage(f"simulating {len(names)} agents by {experiment.method.name}")
         spent = Spending()
+        health = Health(experiment.method.learning_rate)
 
         def on_commit(action: Commit) -> None:
             done = action.record.plan.round + 1
             replies = {names[number]: (*reply, 0.0) for number, reply in action.replies.items()}
             log.append(action.record, loss=action.loss, opened_at=0.0, closed_at=0.0, replies=replies)
+            for text in health.observe(action.record, action.loss, replica):
+                log.add_event("health", "", f"round {action.record.plan.round}: {text}")
+                observer.line(f"round {done}: {text}")
             if done % experiment.evaluation.every == 0 or done == experiment.rounds:
                 log.add_evaluation(done, *judge())
             known = log.last_evaluation()

@@ -14,17 +14,23 @@ __all__ = ["LARGEST_STATUS", "STATES", "TRAFFIC", "read_status"]
 LARGEST_STATUS = 16_384
 """No status is longer, in bytes."""
 
-STATES = ("starting", "ready", "closed", "refused", "offline")
+STATES = ("starting", "ready", "closed", "refused", "offline", "safe mode")
 """What an agent can be; ``offline`` is also its last will."""
 
 TRAFFIC = ("payload_up", "payload_down", "packet_up", "packet_down", "messages_up", "messages_down")
 """What an agent counts of its link."""
 
 _LARGEST = 2**63 - 1
-_TEXTS = ("name", "version", "profile", "digest", "enforcement", "text")
-_WHOLES = ("pid", "epoch", "round", "samples", "estimates", "forwards")
-_NUMBERS = ("rss_mib", "peak_rss_mib", "budget_mib", "temperature_c", "battery_percent")
+_TEXTS = ("name", "version", "profile", "digest", "enforcement", "text", "last_words")
+_WHOLES = ("pid", "epoch", "round", "samples", "estimates", "forwards", "starts")
+_NUMBERS = ("rss_mib", "peak_rss_mib", "pss_mib", "budget_mib", "temperature_c", "battery_percent")
+_TELEMETRY = (
+    *("temperature_c", "power_w", "gpu_load", "gpu_mib", "ram_mib", "available_mib", "swap_used_mib"),
+    *("load_1min", "uptime_s", "disk_free_mib"),
+)
+_THROTTLING = ("throttled", "throttled_since_boot")
 _LONGEST_TEXT = 200
+_MOST_TEXTS = 8
 _MOST_REASONS = 32
 
 
@@ -54,15 +60,27 @@ def read_status(payload: bytes) -> dict[str, Any]:
             status[key] = _number(key, found[key])
     if "traffic" in found:
         status["traffic"] = {key: _whole(key, _table(found["traffic"]).get(key)) for key in TRAFFIC}
+    if "telemetry" in found:
+        status["telemetry"] = _telemetry(_table(found["telemetry"]))
     if "dropped" in found:
         reasons = list(_table(found["dropped"]).items())[:_MOST_REASONS]
         status["dropped"] = {_text("reason", key): _whole(key, count) for key, count in reasons}
     return status
 
 
+def _telemetry(found: dict[str, Any]) -> dict[str, Any]:
+    told: dict[str, Any] = {key: _number(key, found[key]) for key in _TELEMETRY if key in found}
+    for key in _THROTTLING:
+        if key in found:
+            if not isinstance(found[key], list):
+                raise WireError(f"the {key} of a status must be a list")
+            told[key] = [_text(key, reason) for reason in found[key][:_MOST_TEXTS]]
+    return told
+
+
 def _table(value: object) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise WireError("a status holds traffic or dropped that is no object")
+        raise WireError("a status holds traffic, telemetry or dropped that is no object")
     return value
 
 

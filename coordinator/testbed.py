@@ -19,9 +19,10 @@ import numpy as np
 from coordinator.broker import Broker, open_broker
 from coordinator.config import dump, load_experiment
 from coordinator.experiment import AgentPlan, Experiment
+from coordinator.health import Health
 from coordinator.partition import partition
 from coordinator.progress import Observer
-from coordinator.rebuild import rebuild
+from coordinator.rebuild import CHECKPOINT, resume_replica
 from coordinator.report import write_report
 from coordinator.rounds import Rounds
 from coordinator.scalar_log import ScalarLog
@@ -343,7 +344,7 @@ def _train(
     observer: Observer,
 ) -> Service:
     epoch = log.next_epoch()
-    replica = rebuild(bundle, log)
+    replica = resume_replica(bundle, log, checkpoint=out / CHECKPOINT, run=experiment.name)
     judge = Evaluator(bundle, replica, test)
     log.add_event("coordinator started", "", f"epoch {epoch}, round {replica.round}")
     rounds = rounds_of(
@@ -356,8 +357,13 @@ def _train(
         loss, accuracy = judge()
         log.add_evaluation(replica.round, loss, accuracy)
 
+    health = Health(experiment.method.learning_rate)
+
     def on_commit(record: RoundRecord, loss: float | None) -> None:
         done = record.plan.round + 1
+        for text in health.observe(record, loss, replica):
+            log.add_event("health", "", f"round {record.plan.round}: {text}")
+            observer.line(f"round {done}: {text}")
         if done % experiment.evaluation.every == 0 or done == experiment.rounds:
             evaluate_now()
         observer.round(
@@ -387,6 +393,7 @@ def _train(
             rounds=rounds,
             agents=[agent.name for agent in experiment.agents],
             bundle_identity=bundle.identity,
+            checkpoint=out / CHECKPOINT,
             on_commit=on_commit,
             on_idle=on_idle,
         )

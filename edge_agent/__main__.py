@@ -1,6 +1,7 @@
 """The agent process: options, the link, the samples, and the loop that feeds the state machine."""
 
 import argparse
+import io
 import json
 import logging
 import os
@@ -9,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,17 @@ from edge_agent.bundle import Bundle, read_bundle
 from edge_agent.data import Samples, load_samples, to_inputs
 from edge_agent.estimator import Estimate
 from edge_agent.forward import Forward
+from edge_agent.heartbeat import Heartbeat
 from edge_agent.link import Connected, Disconnected, Link, Message, MqttLink
 from edge_agent.measure import measure
 from edge_agent.replay import Replica
-from edge_agent.state import load_replica, save_replica
+from edge_agent.state import load_replica, read_replica, save_replica
+from edge_agent.telemetry import read_telemetry
 from edge_agent.topics import Topics, is_name, shard_of
 from edge_agent.wire import Reply, RoundOpen, SliceRequest, encode
 from profiles.errors import ConfigError, ScalarfedError, StateError
 from profiles.limit import Enforcement, enforce
-from profiles.memory import current_rss_mib, peak_rss_mib
+from profiles.memory import current_rss_mib, peak_rss_mib, pss_mib
 
 __all__ = ["main"]
 
@@ -62,15 +65,27 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the agent until it is told to stop; return the exit code."""
+def main(
+    arguments: Sequence[str] | None = None,
+    *,
+    heart: Heartbeat | None = None,
+    on_failure: Callable[[str], None] = lambda _: None,
+) -> int:
+    """Run the agent until it is told to stop; return the exit code.
+
+    Args:
+        arguments: Options; those of this process where left out.
+        heart: Told of every progress; one for this process's service manager where left out.
+        on_failure: Told why the agent could not go on.
+    """
     options = _parser().parse_args(arguments)
     logging.basicConfig(
         level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stdout
     )
     try:
-        return _Process(options).run()
+        return _Process(options, heart or Heartbeat()).run()
     except ScalarfedError as error:
+        on_failure(str(error))
         _LOG.error("%s", error)
         _LOG.error("hint: %s", error.hint)
         return error.exit_code
@@ -81,7 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 class _Process:
     """Everything around the state machine that touches the machine: memory, files, clock, network."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(self, options: argparse.Namespace, heart: Heartbeat) -> None:
+        self.heart = heart
         for what in ("run", "name", "namespace"):
             if not is_name(getattr(options, what)):
                 raise ConfigError(
@@ -116,6 +132,7 @@ class _Process:
             fresh_replica=self.bundle.replica,
             estimate=self._estimate,
             peak_kib=lambda: int(peak_rss_mib() * 1024),
+            restore=self._restore,
         )
         self.forward: Forward | None = None
         self.forward_of: Replica | None = None
@@ -145,10 +162,13 @@ class _Process:
         )
         link.subscribe(self.topics.control)
         link.subscribe(self.topics.answer(self.options.name))
+        self.heart.ready(f"{self.bundle.model} loaded, not yet in run {self.options.run}")
         try:
             while not self.stopping.is_set():
                 self._handle(link, link.receive(0.5))
+                self.heart.progress()
         finally:
+            self.heart.stopping()
             self._save(force=True)
             self.state = "offline"
             self._publish_status(link)
@@ -160,10 +180,12 @@ class _Process:
         now = time.monotonic()
         if isinstance(event, Connected):
             _LOG.info("connected to %s", self.options.broker)
+            self.heart.connected()
             outgoing = self.agent.on_connected(now)
             self.status_at = 0.0
         elif isinstance(event, Disconnected):
             _LOG.warning("disconnected: %s", event.reason)
+            self.heart.disconnected(event.reason)
             outgoing = []
         elif event is None:
             outgoing = self.agent.on_tick(now)
@@ -198,13 +220,15 @@ class _Process:
             if message.text:
                 _LOG.warning("%s: %s", message.state, message.text)
             self.state, self.text = message.state, message.text
+            if self.agent.shards:
+                self.heart.join(f"in run {self.options.run} as {name}")
             self._publish_status(link)
 
     def _estimate(self, replica: Replica, opened: RoundOpen, number: int) -> Estimate:
         if self.forward is None or self.forward_of is not replica:
             self.forward = Forward(self.bundle, replica.weights, threads=self.options.threads)
             self.forward_of = replica
-        return measure(self.forward, self.samples, replica, opened, number)
+        return measure(self.forward, self.samples, replica, opened, number, on_pass=self.heart.progress)
 
     def _first_replica(self) -> Replica:
         if self.state_path is not None:
@@ -221,6 +245,15 @@ class _Process:
             except StateError as error:
                 _LOG.warning("%s; starting from the bundle", error)
         return self.bundle.replica()
+
+    def _restore(self, state: bytes) -> Replica | None:
+        return read_replica(
+            io.BytesIO(state),
+            self.bundle.replica(),
+            bundle_identity=self.bundle.identity,
+            run=self.options.run,
+            name="the snapshot",
+        )
 
     def _save(self, *, force: bool) -> None:
         due = force or time.monotonic() - self.saved_at >= self.options.save_every_s
@@ -240,6 +273,7 @@ class _Process:
     def _publish_status(self, link: Link) -> None:
         self.status_at = time.monotonic()
         traffic = link.traffic
+        telemetry = read_telemetry(disk=self.options.state)
         status = {
             "name": self.options.name,
             "state": self.state,
@@ -252,6 +286,7 @@ class _Process:
             "digest": f"{self.agent.replica.digest():016x}",
             "rss_mib": round(current_rss_mib(), 2),
             "peak_rss_mib": round(peak_rss_mib(), 2),
+            "pss_mib": None if (pss := pss_mib()) is None else round(pss, 2),
             "budget_mib": self.options.memory_mib,
             "enforcement": self.enforcement.rung if self.enforcement else "none",
             "samples": len(self.samples),
@@ -259,6 +294,8 @@ class _Process:
             "forwards": self.agent.forwards,
             "dropped": dict(self.agent.dropped),
             "traffic": vars(traffic).copy(),
+            "temperature_c": telemetry.get("temperature_c"),
+            "telemetry": telemetry,
         }
         link.publish(self.topics.status(self.options.name), json.dumps(status).encode(), retain=True)
 

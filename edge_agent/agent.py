@@ -14,8 +14,8 @@ from typing import Any
 from edge_agent.estimator import Estimate
 from edge_agent.replay import Replica, apply_record
 from edge_agent.roster import number_in
-from edge_agent.wire import Reply, RoundOpen, RoundPlan, RoundRecord, SliceRequest, decode
-from profiles.errors import DigestError, EstimateError, LogError, WireError
+from edge_agent.wire import Reply, RoundOpen, RoundPlan, RoundRecord, SliceRequest, Snapshot, decode
+from profiles.errors import DigestError, EstimateError, LogError, StateError, WireError
 
 __all__ = ["Agent", "Report"]
 
@@ -47,6 +47,7 @@ class Agent:
         fresh_replica: Makes the replica of round 0.
         estimate: Measures what a round asks with the agent's samples, given its number in the fleet.
         peak_kib: Largest resident size of the process so far.
+        restore: Makes a replica of a snapshot's bytes, or None if they are not this run's; raises StateError.
 
     Attributes:
         dropped: Count of messages that changed nothing, by reason.
@@ -63,6 +64,7 @@ class Agent:
         fresh_replica: Callable[[], Replica],
         estimate: Callable[[Replica, RoundOpen, int], Estimate],
         peak_kib: Callable[[], int],
+        restore: Callable[[bytes], Replica | None] = lambda state: None,
     ) -> None:
         self.name = name
         self.replica = replica
@@ -74,12 +76,14 @@ class Agent:
         self._fresh_replica = fresh_replica
         self._estimate = estimate
         self._peak_kib = peak_kib
+        self._restore = restore
         self._number: int | None = None
         self._epoch = 0
         self._open: RoundOpen | None = None
         self._reply: Reply | None = None
         self._reply_to: tuple[RoundPlan, int, bool] | None = None  # what the reply in memory answers
         self._asked_at: float | None = None
+        self._largest_batch: int | None = None  # that this board's memory has held, once one was too large
         self._disagreed = 0  # how often in a row a log that began with the bundle led elsewhere
         self._closed = False
         self._followed_epoch = 0  # the epoch whose log took the replica to where it is
@@ -147,6 +151,9 @@ class Agent:
         if isinstance(message, RoundOpen):
             self._open = message
             return self._advance(now)
+        if isinstance(message, Snapshot):
+            self._take_over(message)
+            return self._advance(now)
         self._asked_at = None
         doubts = self._disagreed
         self._apply(message.records)
@@ -199,6 +206,23 @@ class Agent:
             return self._advance(now)
         return [self._answer(opened, self._number)]
 
+    def _take_over(self, message: Snapshot) -> None:
+        """Put the snapshot in the replica's place, if it was asked for and leads further."""
+        if self._asked_at is None:
+            self.dropped["snapshot that was not asked for"] += 1
+            return
+        try:
+            found = self._restore(message.state)
+        except StateError:
+            found = None
+        if found is None or found.round <= self.replica.round:
+            self.dropped["snapshot refused"] += 1
+            return
+        self.replica = found
+        self._reply = None
+        self._asked_at = None
+        self._followed_epoch = self._epoch
+
     def _start_again(self, reason: str) -> None:
         self.dropped[reason] += 1
         self.replica = self._fresh_replica()
@@ -221,14 +245,30 @@ class Agent:
             peak_kib=self._peak_kib(),
             digest=self.replica.digest(),
         )
-        try:
-            made = self._estimate(self.replica, opened, number)
-        except (EstimateError, MemoryError) as error:
-            self.dropped[f"estimate failed: {type(error).__name__}"] += 1
-            return reply
+        batch = min(opened.batch_size, self._largest_batch or opened.batch_size)
+        while True:
+            try:
+                made = self._estimate(self.replica, replace(opened, batch_size=batch), number)
+            except MemoryError:
+                self.dropped["batch too large for this board's memory"] += 1
+                if batch == 1:
+                    return reply
+                batch //= 2  # fewer samples are better than none, and their weight is theirs
+                self._largest_batch = batch
+            except EstimateError:
+                self.dropped["estimate failed"] += 1
+                return reply
+            else:
+                break
         self.estimates += 1
         self.forwards += made.forwards
-        return replace(reply, loss=made.loss, scalars=made.scalars.reshape(-1), peak_kib=self._peak_kib())
+        return replace(
+            reply,
+            samples=batch,
+            loss=made.loss,
+            scalars=made.scalars.reshape(-1),
+            peak_kib=self._peak_kib(),
+        )
 
     def _apply(self, records: tuple[RoundRecord, ...]) -> None:
         """Apply those of the consecutive records that come next; only the last one's digest is checked."""

@@ -209,6 +209,8 @@ class Forward:
         try:
             self._session.run_with_iobinding(self._binding, self._options)
         except Exception as error:  # its exceptions derive from no common class
+            if "allocate memory" in str(error) or "bad_alloc" in str(error):
+                raise MemoryError(f"a forward pass of {len(y)} samples: {error}") from error
             raise EstimateError(
                 f"a forward pass of {len(y)} samples failed: {error}",
                 hint="If memory ran out, set a smaller batch size or prune to a lower density.",

@@ -26,6 +26,7 @@ def measure(
     number: int,
     *,
     own: NDArray[np.int64] | None = None,
+    on_pass: Callable[[], None] = lambda: None,
 ) -> Estimate:
     """Measure what a round asks of one agent.
 
@@ -36,6 +37,7 @@ def measure(
         opened: The round.
         number: The agent's number in the fleet, which decides with the run's seed which samples it takes.
         own: Which of the samples are the agent's; None for all.
+        on_pass: Told before each forward pass that work goes on.
 
     Raises:
         EstimateError: A loss is not finite; the replica is as it was.
@@ -48,7 +50,12 @@ def measure(
         indices = batch_indices(plan.seed, number, first + batch, opened.batch_size, size)
         taken = samples.pick(indices if own is None else own[indices])
         x = to_inputs(taken.x)
-        return lambda: forward.loss(x, taken.y, head=plan.exact > 0)
+
+        def loss() -> float:
+            on_pass()
+            return forward.loss(x, taken.y, head=plan.exact > 0)
+
+        return loss
 
     return estimate(
         replica,

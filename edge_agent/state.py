@@ -8,7 +8,9 @@ asks for the log.
 import contextlib
 import os
 import struct
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -17,11 +19,16 @@ from edge_agent.optimizer import Normaliser
 from edge_agent.replay import Replica
 from profiles.errors import StateError
 
-__all__ = ["load_replica", "save_replica"]
+__all__ = ["load_replica", "read_replica", "replica_bytes", "save_replica"]
 
 _HEAD = struct.Struct("<8s64s32sIBBddddQ")
 _MAGIC = b"SFSTATE2"
 _MOST_MOMENTS = 3
+
+
+def replica_bytes(replica: Replica, *, bundle_identity: str, run: str) -> bytes:
+    """Return a replica as the bytes of a state file; arguments as for :func:`save_replica`."""
+    return b"".join(_pieces(replica, bundle_identity, run))
 
 
 def save_replica(path: Path, replica: Replica, *, bundle_identity: str, run: str) -> None:
@@ -36,28 +43,11 @@ def save_replica(path: Path, replica: Replica, *, bundle_identity: str, run: str
     Raises:
         StateError: The file cannot be written; the old one is as it was.
     """
-    head = _HEAD.pack(
-        _MAGIC,
-        bundle_identity.encode(),
-        run.encode()[:32],
-        replica.round,
-        replica.curvature is not None,
-        0 if replica.moments is None else len(replica.moments),
-        replica.normaliser.mean_square,
-        replica.normaliser.weight,
-        replica.clock.first,
-        replica.clock.second,
-        replica.digest(),
-    )
     beside = path.with_suffix(".new")
     try:
         with beside.open("wb") as file:
-            file.write(head)
-            file.write(replica.weights.view(np.uint8).data)
-            if replica.curvature is not None:
-                file.write(replica.curvature.view(np.uint8).data)
-            if replica.moments is not None:
-                file.write(replica.moments.view(np.uint8).data)
+            for piece in _pieces(replica, bundle_identity, run):
+                file.write(piece)
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
@@ -87,38 +77,64 @@ def load_replica(path: Path, fresh: Replica, *, bundle_identity: str, run: str) 
     """
     try:
         with path.open("rb") as file:
-            raw = file.read(_HEAD.size)
-            if len(raw) < _HEAD.size:
-                raise StateError(f"{path} is cut short at {len(raw)} bytes")
-            magic, identity, saved_run, round_, curved, moments, *floats, digest = _HEAD.unpack(raw)
-            belongs = (magic, identity, saved_run.rstrip(b"\0")) == (
-                _MAGIC,
-                bundle_identity.encode(),
-                run.encode()[:32],
-            )
-            if not belongs:
-                return None
-            if moments > _MOST_MOMENTS:
-                raise StateError(f"{path} holds {moments} moments; no method has more than {_MOST_MOMENTS}")
-            wanted = fresh.weights.nbytes
-            found = file.readinto(fresh.weights.view(np.uint8).data)
-            if curved:
-                fresh.curvature = np.empty(fresh.weights.size, np.uint16)
-                wanted += fresh.curvature.nbytes
-                found += file.readinto(fresh.curvature.view(np.uint8).data)
-            if moments:
-                fresh.moments = np.empty((moments, fresh.weights.size), np.float32)
-                wanted += fresh.moments.nbytes
-                found += file.readinto(fresh.moments.view(np.uint8).data)
-            if found != wanted:
-                raise StateError(f"{path} is cut short: {found} of {wanted} bytes")
+            return read_replica(file, fresh, bundle_identity=bundle_identity, run=run, name=str(path))
     except FileNotFoundError:
         return None
     except OSError as error:
         raise StateError(f"{path} cannot be read: {error}") from None
+
+
+def read_replica(
+    file: BinaryIO, fresh: Replica, *, bundle_identity: str, run: str, name: str
+) -> Replica | None:
+    """Return the replica that a file or message holds; as :func:`load_replica`; ``name`` is for errors."""
+    raw = file.read(_HEAD.size)
+    if len(raw) < _HEAD.size:
+        raise StateError(f"{name} is cut short at {len(raw)} bytes")
+    magic, identity, saved_run, round_, curved, moments, *floats, digest = _HEAD.unpack(raw)
+    belongs = (magic, identity, saved_run.rstrip(b"\0")) == (
+        _MAGIC,
+        bundle_identity.encode(),
+        run.encode()[:32],
+    )
+    if not belongs:
+        return None
+    if moments > _MOST_MOMENTS:
+        raise StateError(f"{name} holds {moments} moments; no method has more than {_MOST_MOMENTS}")
+    wanted = fresh.weights.nbytes
+    found = file.readinto(fresh.weights.view(np.uint8).data)  # type: ignore[attr-defined]
+    if curved:
+        fresh.curvature = np.empty(fresh.weights.size, np.uint16)
+        wanted += fresh.curvature.nbytes
+        found += file.readinto(fresh.curvature.view(np.uint8).data)  # type: ignore[attr-defined]
+    if moments:
+        fresh.moments = np.empty((moments, fresh.weights.size), np.float32)
+        wanted += fresh.moments.nbytes
+        found += file.readinto(fresh.moments.view(np.uint8).data)  # type: ignore[attr-defined]
+    if found != wanted:
+        raise StateError(f"{name} is cut short: {found} of {wanted} bytes")
     fresh.round = round_
     fresh.normaliser = Normaliser(*floats[:2])
     fresh.clock = Clock(*floats[2:])
     if fresh.digest() != digest:
-        raise StateError(f"{path} does not have the digest {digest:016x} that it was saved with")
+        raise StateError(f"{name} does not have the digest {digest:016x} that it was saved with")
     return fresh
+
+
+def _pieces(replica: Replica, bundle_identity: str, run: str) -> Iterator[bytes | memoryview]:
+    yield _HEAD.pack(
+        _MAGIC,
+        bundle_identity.encode(),
+        run.encode()[:32],
+        replica.round,
+        replica.curvature is not None,
+        0 if replica.moments is None else len(replica.moments),
+        replica.normaliser.mean_square,
+        replica.normaliser.weight,
+        replica.clock.first,
+        replica.clock.second,
+        replica.digest(),
+    )
+    for array in (replica.weights, replica.curvature, replica.moments):
+        if array is not None:
+            yield array.view(np.uint8).data

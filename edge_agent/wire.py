@@ -32,6 +32,7 @@ __all__ = [
     "RoundRecord",
     "Slice",
     "SliceRequest",
+    "Snapshot",
     "decode",
     "decode_record",
     "encode",
@@ -56,7 +57,9 @@ _REPLY = struct.Struct("<BBHIHHIfIQ")
 _SLICE = struct.Struct("<BBHIH")
 _REQUEST = struct.Struct("<BBHI")
 
-_KIND_OPEN, _KIND_REPLY, _KIND_SLICE, _KIND_REQUEST = 1, 2, 3, 4
+_SNAPSHOT = struct.Struct("<BBH")
+
+_KIND_OPEN, _KIND_REPLY, _KIND_SLICE, _KIND_REQUEST, _KIND_SNAPSHOT = 1, 2, 3, 4, 5
 
 
 def _single(value: float) -> float:
@@ -230,7 +233,15 @@ class SliceRequest:
     first: int
 
 
-def encode(message: RoundOpen | Reply | Slice | SliceRequest) -> bytes:
+@dataclass(frozen=True)
+class Snapshot:
+    """Coordinator to one agent: a replica as a state file has it, where that is less than the records."""
+
+    epoch: int
+    state: bytes
+
+
+def encode(message: RoundOpen | Reply | Slice | SliceRequest | Snapshot) -> bytes:
     """Return the bytes of a message."""
     if isinstance(message, RoundOpen):
         cohort = message.cohort.to_bytes()
@@ -266,10 +277,12 @@ def encode(message: RoundOpen | Reply | Slice | SliceRequest) -> bytes:
     if isinstance(message, Slice):
         head = _SLICE.pack(WIRE_VERSION, _KIND_SLICE, message.epoch, message.first, len(message.records))
         return head + b"".join(map(encode_record, message.records))
+    if isinstance(message, Snapshot):
+        return _SNAPSHOT.pack(WIRE_VERSION, _KIND_SNAPSHOT, message.epoch) + message.state
     return _REQUEST.pack(WIRE_VERSION, _KIND_REQUEST, message.epoch, message.first)
 
 
-def decode(data: bytes) -> RoundOpen | Reply | Slice | SliceRequest:
+def decode(data: bytes) -> RoundOpen | Reply | Slice | SliceRequest | Snapshot:
     """Return the message that ``data`` holds, all of it and nothing else.
 
     Raises:
@@ -281,11 +294,12 @@ def decode(data: bytes) -> RoundOpen | Reply | Slice | SliceRequest:
         raise WireError(f"a message of {len(data)} bytes is too short")
     if data[0] != WIRE_VERSION:
         raise WireError(f"message version {data[0]} is not {WIRE_VERSION}")
-    decoders: dict[int, Callable[[_Reader], RoundOpen | Reply | Slice | SliceRequest]] = {
+    decoders: dict[int, Callable[[_Reader], RoundOpen | Reply | Slice | SliceRequest | Snapshot]] = {
         _KIND_OPEN: _decode_open,
         _KIND_REPLY: _decode_reply,
         _KIND_SLICE: _decode_slice,
         _KIND_REQUEST: _decode_request,
+        _KIND_SNAPSHOT: _decode_snapshot,
     }
     decoder = decoders.get(data[1])
     if decoder is None:
@@ -454,3 +468,8 @@ def _decode_slice(reader: _Reader) -> Slice:
 def _decode_request(reader: _Reader) -> SliceRequest:
     _, _, epoch, first = reader.unpack(_REQUEST)
     return SliceRequest(int(epoch), int(first))
+
+
+def _decode_snapshot(reader: _Reader) -> Snapshot:
+    _, _, epoch = reader.unpack(_SNAPSHOT)
+    return Snapshot(int(epoch), reader.take(len(reader.data) - reader.position))

@@ -12,6 +12,7 @@ __all__ = [
     "DataError",
     "DigestError",
     "EstimateError",
+    "FlashError",
     "LogError",
     "ModelError",
     "ProfileError",
@@ -124,3 +125,10 @@ class StateError(ScalarfedError):
 
     hint = "Free some disk space, or remove the named file: it will be rebuilt from the log."
     exit_code = 14
+
+
+class FlashError(ScalarfedError):
+    """A card, an image or a machine cannot be made into a board, or a board does not answer."""
+
+    hint = "`scalarfed doctor` on the card or on the board's name says what is wrong."
+    exit_code = 20

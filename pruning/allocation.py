@@ -25,9 +25,6 @@ Spend = Callable[[Mapping[str, int]], float]
 """What a net at given widths costs; it must not fall when a width grows."""
 
 
-_FEW_GROUPS = 4
-
-
 @dataclass(frozen=True)
 class Allocation:
     """Widths that meet a budget.
@@ -83,6 +80,7 @@ def allocate(
     unit: str = "",
     multiple: int = 4,
     tolerance: float = 0.01,
+    try_all: int = 4,
 ) -> Allocation:
     """Scale the fractions together until the widths cost ``budget``, and round them.
 
@@ -95,6 +93,8 @@ def allocate(
         multiple: Round widths to multiples of it (and of the norm groups). Where no such widths come
             within ``tolerance`` under the budget, its halves are tried too, down to 1.
         tolerance: Relative gap under the budget at which the search ends.
+        try_all: Up to so many groups, all combinations of widths near the wanted ones are compared; 0
+            where ``spend`` is slow.
 
     Returns:
         The widths that spend most without exceeding the budget, among those tried.
@@ -114,7 +114,7 @@ def allocate(
     best: Allocation | None = None
     grid = max(1, multiple)
     while True:
-        widths = _round(structure, ideal, spend, budget, grid, tolerance)
+        widths = _round(structure, ideal, spend, budget, grid, tolerance, try_all)
         if widths is not None:
             found = Allocation(widths, spend(widths), budget, grid)
             if best is None or found.spent > best.spent:
@@ -179,10 +179,11 @@ def _round(
     budget: float,
     multiple: int,
     tolerance: float,
+    try_all: int,
 ) -> dict[str, int] | None:
     """Return legal widths near the ideal ones that cost at most the budget and nearly all of it."""
     ladders = {g.name: _ladder(g.width, g.minimum, math.lcm(multiple, g.multiple)) for g in structure.groups}
-    if len(ladders) <= _FEW_GROUPS:
+    if len(ladders) <= try_all:
         return _nearest(ladders, ideal, spend, budget, tolerance)
     return _greedy(ladders, ideal, spend, budget, tolerance)
 
@@ -238,7 +239,7 @@ def _greedy(
             return None
         place[max(wide, key=excess)] -= 1
     grown = True
-    while grown:
+    while grown and cost(place) < budget * (1 - tolerance):
         grown = False
         for name in sorted(place, key=excess):
             trial = {**place, name: place[name] + 1}

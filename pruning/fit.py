@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from profiles.budget import predict_peak_mib
 from profiles.cost import graph_cost
 from pruning.export import export_graph
-from pruning.models import build_model, choose_model
+from pruning.models import build_model, choose_model, model_structure
 from pruning.prune import Allowance
 
 __all__ = ["fit_memory"]
@@ -41,9 +41,12 @@ def fit_memory(
         data_bytes: What the board's samples take.
     """
     model = choose_model(name, sample_shape=sample_shape)
+    structure = model_structure(model, sample_shape=sample_shape, classes=classes, hidden=hidden)
     known: dict[tuple[int, ...], float] = {}
 
     def spend(widths: Mapping[str, int]) -> float:
+        # While it looks for the right scale, the allocation asks for widths between the legal ones.
+        widths = {g.name: -(-widths[g.name] // g.multiple) * g.multiple for g in structure.groups}
         key = tuple(widths.values())
         if key not in known:
             net = build_model(

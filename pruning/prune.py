@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from edge_agent.bundle import Bundle
 from profiles.errors import ModelError
@@ -21,12 +21,23 @@ from pruning.allocation import Spend, allocate, fractions_from_densities
 from pruning.baselines import ALL_SCORES, ONE_SHOT
 from pruning.export import export_bundle, export_graph
 from pruning.masks import Masks, densities_of, schedule
-from pruning.models import Net, build_model, choose_model, model_structure
+from pruning.models import build_model, choose_model, model_structure
 from pruning.saliency import Probe, make_probe
 from pruning.structure import Structure
+from pruning.threads import one_thread
 from pruning.weights import derive_seed
 
-__all__ = ["METHODS", "Allowance", "Pruned", "find_masks", "prune_model", "write_pruned"]
+__all__ = [
+    "METHODS",
+    "Allowance",
+    "Pruned",
+    "check_method",
+    "find_masks",
+    "plan_widths",
+    "prune_model",
+    "standardised",
+    "write_pruned",
+]
 
 METHODS = ("none", "uniform", *ALL_SCORES)
 """Names of all methods: no pruning, one factor for all widths, and every saliency."""
@@ -55,10 +66,13 @@ class Allowance:
 
 @dataclass(frozen=True)
 class Pruned:
-    """A net made narrower, with fresh weights.
+    """A net made narrower.
 
     Attributes:
         module: The narrow net, in evaluation mode.
+        dense: The net that it was.
+        sample_shape: Shape of one input.
+        classes: Number of classes.
         model: Its name, never ``auto``.
         method: One of METHODS.
         density: Fraction of the parameters that was asked to stay; with another allowance, that did stay.
@@ -66,13 +80,16 @@ class Pruned:
         widths_dense: Units per group before.
         widths: Units per group after.
         params_dense: Trainable values before.
-        params: Trainable values after; at most density * params_dense.
+        params: Trainable values after.
         macs_dense: Multiply-accumulates of one sample's forward before.
         macs: The same after.
         densities: Fraction that the saliency left standing, per layer; empty without a saliency.
     """
 
-    module: Net
+    module: nn.Module
+    dense: nn.Module
+    sample_shape: tuple[int, ...]
+    classes: int
     model: str
     method: str
     density: float
@@ -86,8 +103,9 @@ class Pruned:
     densities: dict[str, float]
 
     def summary(self) -> dict[str, Any]:
-        """Return everything but the module, as plain values for a manifest or a report."""
-        return {key: value for key, value in vars(self).items() if key != "module"}
+        """Return what a manifest or a report says of the pruning, as plain values."""
+        left_out = ("module", "dense", "sample_shape", "classes")
+        return {key: value for key, value in vars(self).items() if key not in left_out}
 
 
 def prune_model(
@@ -130,44 +148,27 @@ def prune_model(
             the minimum), the method needs labelled samples, or the net cannot be built for this input or
             output.
     """
-    if method not in METHODS:
-        raise ModelError(
-            f"pruning method {method!r} is unknown", hint=f"Known methods: {', '.join(METHODS)}."
-        )
+    check_method(method)
     name = choose_model(name, sample_shape=sample_shape)
     structure = model_structure(name, sample_shape=sample_shape, classes=classes, hidden=hidden)
-    allowed = _allowance_of_density(structure, name, density) if allowance is None else allowance
-    spend = allowed.spend or getattr(structure, allowed.unit)
-    densities: dict[str, float] = {}
-    widths = structure.dense
-    if method != "none" and spend(widths) > allowed.amount:
-        fractions = dict.fromkeys(widths, 1.0)
-        widths = _allocate(structure, fractions, spend, allowed)
-        if method == "random":
-            fractions = _random_fractions(structure, seed)
-        elif method != "uniform":
-            unit = "macs" if allowed.unit == "macs" else "params"
-            whole = getattr(structure, unit)
-            probe = make_probe(
-                build_model(name, sample_shape=sample_shape, classes=classes, hidden=hidden, seed=seed),
-                sample_shape=sample_shape,
-                draws=draws,
-                seed=seed,
-                labelled=None if labelled is None else _standardised(labelled, standardise, classes),
-            )
-            masks = find_masks(
-                probe,
-                method=method,
-                density=whole(widths) / whole(structure.dense),
-                steps=schedule_steps,
-                costs={t.name: t.positions for t in structure.layers} if unit == "macs" else None,
-                progress=progress,
-            )
-            densities = densities_of(masks)
-            fractions = fractions_from_densities(structure, densities)
-        if method != "uniform":
-            widths = _allocate(structure, fractions, spend, allowed)
-    total = structure.params(structure.dense)
+    plain = build_model(name, sample_shape=sample_shape, classes=classes, hidden=hidden, seed=seed)
+    widths, densities = plan_widths(
+        structure,
+        lambda: make_probe(
+            plain,
+            sample_shape=sample_shape,
+            draws=draws,
+            seed=seed,
+            labelled=None if labelled is None else standardised(labelled, standardise, classes),
+        ),
+        name=name,
+        method=method,
+        density=density,
+        allowance=allowance,
+        steps=schedule_steps,
+        seed=seed,
+        progress=progress,
+    )
     module = build_model(
         name,
         sample_shape=sample_shape,
@@ -177,8 +178,12 @@ def prune_model(
         standardise=standardise,
         seed=seed,
     )
+    total = structure.params(structure.dense)
     return Pruned(
         module=module,
+        dense=plain,
+        sample_shape=tuple(sample_shape),
+        classes=classes,
         model=name,
         method=method,
         density=density if allowance is None and method != "none" else structure.params(widths) / total,
@@ -191,6 +196,64 @@ def prune_model(
         macs=structure.macs(widths),
         densities=densities,
     )
+
+
+def check_method(method: str) -> None:
+    """Raise ModelError unless ``method`` is one of METHODS."""
+    if method not in METHODS:
+        raise ModelError(
+            f"pruning method {method!r} is unknown", hint=f"Known methods: {', '.join(METHODS)}."
+        )
+
+
+def plan_widths(
+    structure: Structure,
+    probe: Callable[[], Probe],
+    *,
+    name: str,
+    method: str,
+    density: float = 0.5,
+    allowance: Allowance | None = None,
+    steps: int = 20,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[dict[str, int], dict[str, float]]:
+    """Return the widths that a method gives a net, and the layer densities that its saliency found.
+
+    Args:
+        structure: The net's groups.
+        probe: Makes the probe; called only where the method has a saliency.
+        name: The net's name, for messages.
+        method: One of METHODS.
+        density: See :func:`prune_model`, and so are the following.
+        allowance: What the narrow net may cost.
+        steps: Cuts of the schedule.
+        seed: Names the widths of method ``random``.
+        progress: Called with the cuts done and all cuts.
+    """
+    allowed = _allowance_of_density(structure, name, density) if allowance is None else allowance
+    spend = allowed.spend or getattr(structure, allowed.unit)
+    widths = structure.dense
+    if method == "none" or spend(widths) <= allowed.amount:
+        return widths, {}
+    widths = _allocate(structure, dict.fromkeys(widths, 1.0), spend, allowed)
+    if method == "uniform":
+        return widths, {}
+    if method == "random":
+        return _allocate(structure, _random_fractions(structure, seed), spend, allowed), {}
+    unit = "macs" if allowed.unit == "macs" else "params"
+    count = getattr(structure, unit)
+    densities = densities_of(
+        find_masks(
+            probe(),
+            method=method,
+            density=count(widths) / count(structure.dense),
+            steps=steps,
+            costs={t.name: t.positions for t in structure.layers} if unit == "macs" else None,
+            progress=progress,
+        )
+    )
+    return _allocate(structure, fractions_from_densities(structure, densities), spend, allowed), densities
 
 
 def find_masks(
@@ -212,14 +275,15 @@ def find_masks(
         costs: What a weight of each layer costs; 1 if None.
         progress: Called with the cuts done and all cuts.
     """
-    return schedule(
-        lambda masks, step: ALL_SCORES[method](probe, masks, step),
-        probe.masks(),
-        density,
-        steps=1 if method in ONE_SHOT else steps,
-        costs=costs,
-        progress=progress,
-    )
+    with one_thread():
+        return schedule(
+            lambda masks, step: ALL_SCORES[method](probe, masks, step),
+            probe.masks(),
+            density,
+            steps=1 if method in ONE_SHOT else steps,
+            costs=costs,
+            progress=progress,
+        )
 
 
 def write_pruned(pruned: Pruned, folder: Path, *, cost: Callable[[bytes], Mapping[str, int]]) -> Bundle:
@@ -231,23 +295,16 @@ def write_pruned(pruned: Pruned, folder: Path, *, cost: Callable[[bytes], Mappin
         cost: Reads an ONNX file and returns what its forward takes, ``forward_flops`` among it; also used
             on the dense net, for ``pruning.forward_flops_dense`` and so on.
     """
-    net = pruned.module
-    dense = build_model(
-        pruned.model,
-        sample_shape=net.sample_shape,
-        classes=net.classes,
-        widths=pruned.widths_dense,
-        hidden=tuple(pruned.widths_dense.values()) if pruned.model == "mlp" else None,
-        seed=pruned.seed,
-    )
-    graph = export_graph(dense, sample_shape=net.sample_shape, classes=net.classes, verify=False).graph
+    shape, classes = pruned.sample_shape, pruned.classes
+    graph = export_graph(pruned.dense, sample_shape=shape, classes=classes, verify=False).graph
     before = {f"{key}_dense": value for key, value in cost(graph).items()}
+    before["graph_bytes_dense"] = len(graph)
     return export_bundle(
-        net,
+        pruned.module,
         folder,
         model=pruned.model,
-        sample_shape=net.sample_shape,
-        classes=net.classes,
+        sample_shape=shape,
+        classes=classes,
         pruning={**pruned.summary(), **before},
         cost=cost,
     )
@@ -270,17 +327,17 @@ def _allowance_of_density(structure: Structure, name: str, density: float) -> Al
 
 
 def _allocate(
-    structure: Structure, fractions: Mapping[str, float], spend: Spend, allowance: Allowance
+    structure: Structure, fractions: Mapping[str, float], spend: Spend, allowed: Allowance
 ) -> dict[str, int]:
-    found = allocate(
+    return allocate(
         structure,
         fractions,
         spend=spend,
-        budget=allowance.amount,
-        unit=allowance.unit,
-        tolerance=allowance.tolerance,
-    )
-    return found.widths
+        budget=allowed.amount,
+        unit=allowed.unit,
+        tolerance=allowed.tolerance,
+        try_all=4 if allowed.spend is None else 0,
+    ).widths
 
 
 def _random_fractions(structure: Structure, seed: int) -> dict[str, float]:
@@ -288,11 +345,21 @@ def _random_fractions(structure: Structure, seed: int) -> dict[str, float]:
     return {group.name: float(draw.uniform(0.1, 1.0)) for group in structure.groups}
 
 
-def _standardised(
+def standardised(
     labelled: tuple[NDArray[np.float32], NDArray[np.int64]],
     standardise: tuple[NDArray[np.float32], NDArray[np.float32]] | None,
     classes: int,
 ) -> tuple[Tensor, Tensor]:
+    """Return labelled samples as tensors that a net without standardisation takes.
+
+    Args:
+        labelled: Raw inputs (n, *sample_shape) and labels (n,).
+        standardise: Offset and scale per feature or channel; the identity if None.
+        classes: Number of classes.
+
+    Raises:
+        ModelError: The numbers differ, or a label is no class.
+    """
     inputs, labels = labelled
     if len(labels) != len(inputs) or len(labels) == 0 or labels.min() < 0 or labels.max() >= classes:
         raise ModelError(

@@ -17,6 +17,7 @@ from torch.func import functional_call
 from profiles.errors import ModelError
 from pruning.masks import Masks
 from pruning.structure import Axis, Structure
+from pruning.threads import one_thread
 from pruning.weights import derive_seed, fresh_weights
 
 __all__ = [
@@ -181,14 +182,15 @@ def ntk_draw(
     gates = {name: mask.clone().requires_grad_() for name, mask in masks.items()}
     plain = _masked(theta, gates)
     moved = _masked({k: v + shift[k] if k in shift else v for k, v in theta.items()}, gates)
-    forward = _forward(probe.module, plain, inputs)
-    deviation = (forward(plain) - forward(moved)).square().sum()
-    if not torch.isfinite(deviation):
-        raise ModelError(
-            f"{type(probe.module).__name__} gives outputs that are not finite under redrawn weights",
-            hint="Add a norm after the layers whose output grows, or draw the weights with less variance.",
-        )
-    gradients = torch.autograd.grad(deviation, list(gates.values()))
+    with one_thread():
+        forward = _forward(probe.module, plain, inputs)
+        deviation = (forward(plain) - forward(moved)).square().sum()
+        if not torch.isfinite(deviation):
+            raise ModelError(
+                f"{type(probe.module).__name__} gives outputs that are not finite under redrawn weights",
+                hint="Add a norm after the layers whose output grows, or draw smaller weights.",
+            )
+        gradients = torch.autograd.grad(deviation, list(gates.values()))
     return float(deviation.detach()), dict(zip(gates, gradients, strict=True))
 
 

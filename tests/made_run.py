@@ -14,6 +14,7 @@ from coordinator.scalar_log import ScalarLog
 from edge_agent.bundle import flat_layout, write_bundle
 from edge_agent.replay import apply_record
 from edge_agent.wire import Reply, RoundPlan, RoundRecord
+from profiles.cost import graph_cost
 
 __all__ = ["make_replayable_run", "make_run"]
 
@@ -129,7 +130,7 @@ def make_replayable_run(folder: Path, *, rounds: int = 5) -> Path:
         model="linear",
         classes=3,
         sample_shape=(4,),
-        cost={},
+        cost=graph_cost(_linear_graph()).as_dict(),
         pruning={},
     )
     replica = bundle.replica()

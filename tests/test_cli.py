@@ -354,7 +354,9 @@ def test_report_tells_where_it_is(tmp_path, capsys):
     assert (run / "report.html").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("words", [["log", "show"], ["log", "verify"], ["replay"], ["report"]])
+@pytest.mark.parametrize(
+    "words", [["log", "show"], ["log", "verify"], ["log", "compact"], ["replay"], ["report"]]
+)
 def test_folder_without_a_run_is_refused(words, tmp_path, capsys):
     """Every verb that looks back says that there is no run, and leaves nothing behind."""
     assert main([*words, str(tmp_path / "none")]) == 12

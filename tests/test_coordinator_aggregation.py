@@ -97,3 +97,18 @@ def test_three_agents_say_nothing_of_each_other():
     outliers = Outliers()
     for _ in range(50):
         assert outliers.observe(replies_of([[1.0], [1.0], [-1000.0]])) == []
+
+
+def test_who_is_like_the_others_again_is_trusted_again():
+    """An agent that lied for a while is suspected, then not: a fault that was mended is no life sentence."""
+    chance = np.random.default_rng(4)
+    outliers = Outliers()
+    changes = []
+    for round_ in range(200):
+        slope = chance.normal(0, 1, 16)
+        rows = slope + chance.normal(0, 1, (10, 16))
+        if round_ < 30:
+            rows[3] *= -1
+        changes += outliers.observe(replies_of(rows))
+    assert [(agent, bool(text)) for agent, text in changes] == [(3, True), (3, False)]
+    assert outliers.suspects() == []

@@ -213,3 +213,29 @@ def test_an_address_of_another_form_is_refused(url):
     """The message shows the form."""
     with pytest.raises(BrokerError, match="mqtt://HOST:PORT"):
         MqttLink(url, client_id="x")
+
+
+def test_a_flood_waits_at_the_broker(mosquitto):
+    """Of 100 messages of a megabyte at most 65 are in our memory at any time, and all of them arrive."""
+    flooded, flooder = mosquitto.link("flooded"), mosquitto.link("flooder")
+    try:
+        flooded.subscribe("flood")
+        for link in (flooded, flooder):
+            assert isinstance(link.receive(10), Connected)
+        flooder.publish("flood", b"first", retain=True)  # its arrival shows that the subscription stands
+        assert isinstance(flooded.receive(10), Message)
+        for number in range(100):
+            flooder.publish("flood", bytes([number]) * (1 << 20))
+        assert flooder.flush(60)
+        arrived = []
+        most = 0
+        while len(arrived) < 100:
+            most = max(most, flooded._events.qsize())
+            event = flooded.receive(30)
+            assert isinstance(event, Message), f"only {len(arrived)} arrived"
+            arrived.append(event.payload[0])
+        assert arrived == list(range(100))
+        assert 10 < most <= 65
+    finally:
+        flooded.close()
+        flooder.close()

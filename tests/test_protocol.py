@@ -220,3 +220,56 @@ def test_a_run_with_another_bundle_is_refused(tmp_path):
     )
     assert report.state == "refused"
     assert BUNDLE[:12] in report.text
+
+
+def test_a_board_short_of_memory_takes_smaller_batches(tmp_path):
+    """It halves the batch until one fits, keeps to it, counts by its samples, and no round is lost."""
+    fleet = FleetInMemory(tmp_path)
+    small = fleet.boards[1]
+    measure, tried = small._estimate, []
+
+    def estimate(replica, opened, number):
+        tried.append(opened.batch_size)
+        if opened.batch_size > 5:
+            raise MemoryError
+        return measure(replica, opened, number)
+
+    small.agent._estimate = estimate
+    fleet.run()
+    assert tried == [16, 8, 4] + [4] * 11
+    assert fleet.log.skipped() == 0
+    assert len(fleet.digests()) == 1
+    samples = fleet.log._db.execute("SELECT agent, samples FROM replies WHERE counted").fetchall()
+    assert set(samples) == {("board-0", 16), ("board-1", 4), ("board-2", 16)}
+    assert fleet.log.count_events("smaller batch", "board-1") == 12
+
+
+def test_a_board_without_any_memory_says_so(tmp_path):
+    """Not even one sample fits: the agent answers that it failed instead of dying."""
+    fleet = FleetInMemory(tmp_path, quorum=2)
+
+    def estimate(replica, opened, number):
+        raise MemoryError
+
+    fleet.boards[1].agent._estimate = estimate
+    fleet.run()
+    assert fleet.log.skipped() == 0
+    assert fleet.log.count_events("estimate failed", "board-1") == 12
+
+
+def test_a_board_that_sends_no_numbers_is_named_and_left_out(tmp_path):
+    """NaN never gets past the decoder: the board is named, counts as silent, and is not asked any more."""
+    fleet = FleetInMemory(tmp_path, rounds=10, quorum=2, deadline_s=5.0)
+    liar = fleet.boards[0]
+    answer = liar.agent._answer
+
+    def lie(opened, number):
+        return replace(answer(opened, number), scalars=np.full(4, np.nan, np.float32))
+
+    liar.agent._answer = lie
+    fleet.run()
+    assert fleet.log.skipped() == 0
+    assert fleet.rounds.members[0].counted == 0
+    assert fleet.log.count_events("dropped", "board-0") >= 1
+    assert fleet.log.count_events("excluded", "board-0") >= 1
+    assert len(fleet.digests()) == 1

@@ -114,6 +114,21 @@ def test_densities_of_two_runs_agree():
         assert density == pytest.approx(found[1][name], rel=0.15)
 
 
+def test_bits_do_not_depend_on_the_threads():
+    """Scores are the same with one and with four threads, and the number of threads is left as it was."""
+    probe = lenet_probe(seed=4)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 4):
+            torch.set_num_threads(threads)
+            found.append(ntk_sap(probe, probe.masks(), 0))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(found[0][k], found[1][k]) for k in found[0])
+
+
 def test_same_seed_same_bits():
     """Scores of equal seeds are bitwise equal, and the net is left as it was."""
     probe = lenet_probe(seed=4)

@@ -9,7 +9,20 @@ from typing import Annotated
 
 import typer
 
-from coordinator.cli import log, profile, replay, report, simulate, testbed
+from coordinator.cli import (
+    devices,
+    doctor,
+    fit,
+    flash,
+    log,
+    profile,
+    prune,
+    replay,
+    report,
+    simulate,
+    swarm,
+    testbed,
+)
 from profiles.errors import ScalarfedError
 
 __all__ = ["app", "main"]
@@ -27,11 +40,17 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(testbed.app, name="testbed")
+app.add_typer(flash.app, name="flash")
+app.add_typer(devices.app, name="devices")
+app.command(name="doctor", epilog=doctor.EXAMPLE)(doctor.doctor)
 app.command(name="simulate", epilog=simulate.EXAMPLE)(simulate.simulate)
 app.add_typer(log.app, name="log")
 app.command(name="replay", epilog=replay.EXAMPLE)(replay.replay)
 app.command(name="report", epilog=report.EXAMPLE)(report.report)
+app.command(name="prune", epilog=prune.EXAMPLE)(prune.prune)
 app.add_typer(profile.app, name="profile")
+app.command(name="fit", epilog=fit.EXAMPLE)(fit.fit)
+app.command(name="swarm", epilog=swarm.EXAMPLE)(swarm.swarm)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-__all__ = ["app", "show", "verify"]
+__all__ = ["app", "compact", "show", "verify"]
 
 app = typer.Typer(no_args_is_help=True, help="Look into the scalar log of a run, and check it.")
 
@@ -73,3 +73,29 @@ def verify(
         typer.echo(
             f"{replica.round} rounds: the chain is whole and every digest agrees; the last is {digest}"
         )
+
+
+@app.command(epilog="Example: scalarfed log compact runs/digits --drop-replies")
+def compact(
+    run: Annotated[Path, typer.Argument(help="The run folder.", show_default=False)],
+    drop_replies: Annotated[
+        bool,
+        typer.Option("--drop-replies", help="Forget the agents' own scalars too; replay needs none of them."),
+    ] = False,
+) -> None:
+    """Check the whole log, keep the replica at its end as a checkpoint, and give back unused room.
+
+    The next coordinator starts from the checkpoint, and late agents get it where it is less than the records.
+    No record is ever removed: they are the run.
+    """
+    from coordinator.rebuild import CHECKPOINT, rebuild_run
+    from coordinator.scalar_log import ScalarLog
+    from edge_agent.state import save_replica
+
+    bundle, replica = rebuild_run(run)
+    with ScalarLog.open(run / "log.sqlite") as log:
+        name = log.meta().get("name", "")
+        save_replica(run / CHECKPOINT, replica, bundle_identity=bundle.identity, run=name)
+        before, after = log.compact(keep_replies=not drop_replies)
+    typer.echo(f"checkpoint of round {replica.round}, digest {replica.digest():016x}")
+    typer.echo(f"log: {before:,} -> {after:,} bytes")

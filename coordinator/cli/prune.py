@@ -1,0 +1,90 @@
+"""``scalarfed prune``: make a net small enough for a board, and write its bundle."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["EXAMPLE", "prune"]
+
+EXAMPLE = (
+    "Examples:\n\n"
+    "scalarfed prune auto --data examples/digits.npz --density 0.5 -o bundle\n\n"
+    "scalarfed prune resnet20 --shape 3x32x32 --classes 10 --macs 10e6 -o bundle\n\n"
+    "scalarfed prune resnet20 --shape 3x32x32 --classes 10 --fit pi-zero-2w -o bundle\n\n"
+    "scalarfed prune my_nets.py:make_net --data mine.npz --density 0.3 --json -o bundle"
+)
+
+
+def prune(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="auto, mlp, lenet, resnet20, wrn10_2, dscnn, or FILE.py:FUNCTION that makes a module.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The bundle's folder.", show_default=False)],
+    data: Annotated[
+        Path | None,
+        typer.Option(help="An .npz: gives shape, classes and standardisation.", show_default=False),
+    ] = None,
+    shape: Annotated[
+        str | None, typer.Option(help="Shape of a sample, like 64 or 1x28x28.", show_default=False)
+    ] = None,
+    classes: Annotated[int | None, typer.Option(min=2, help="Number of classes.", show_default=False)] = None,
+    density: Annotated[
+        float | None, typer.Option(help="Fraction of the parameters that stays.", show_default=False)
+    ] = None,
+    params: Annotated[
+        float | None, typer.Option(help="Parameters that may stay.", show_default=False)
+    ] = None,
+    macs: Annotated[
+        float | None, typer.Option(help="Multiply-accumulates of a forward.", show_default=False)
+    ] = None,
+    fit: Annotated[
+        str | None,
+        typer.Option(metavar="PROFILE", help="Fit the memory of this board.", show_default=False),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples of a forward, for --fit.")] = 32,
+    method: Annotated[
+        str, typer.Option(help="ntk, uniform, synflow, erk, random, magnitude, snip, grasp or none.")
+    ] = "ntk",
+    mode: Annotated[
+        str, typer.Option(help="structured: narrower layers. mask: single weights, saves no memory.")
+    ] = "structured",
+    draws: Annotated[int, typer.Option(min=1, help="Draws of the saliency per step.")] = 5,
+    seed: Annotated[int, typer.Option(help="Names the draws and the fresh weights.")] = 0,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the manifest's pruning as one JSON object.")
+    ] = False,
+) -> None:
+    """Make a net smaller before training, and write it as a bundle with a picture.
+
+    Exactly one of --density, --params, --macs and --fit says how small; without any, half of the parameters
+    stay. Data is looked at for its shape and standardisation, and by snip and grasp; ntk needs none.
+    """
+    from coordinator.cli.testbed import observing
+    from coordinator.prune_command import PruneRequest, prune_to_bundle
+
+    request = PruneRequest(
+        model=model,
+        out=out,
+        data=data,
+        shape=shape,
+        classes=classes,
+        density=density,
+        params=params,
+        macs=macs,
+        fit=fit,
+        batch_size=batch_size,
+        method=method,
+        mode=mode,
+        draws=draws,
+        seed=seed,
+    )
+    with observing(silent=as_json) as observer:
+        facts = prune_to_bundle(request, observer=observer)
+    if as_json:
+        typer.echo(json.dumps(facts))

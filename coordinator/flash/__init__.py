@@ -1,0 +1,1 @@
+"""Puts agents onto boards: cards, images, over SSH, and on this machine."""

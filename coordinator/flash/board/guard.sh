@@ -1,0 +1,45 @@
+#!/bin/sh
+# Runs as root around each life of the agent.
+#
+# Before a start: while a new release is on trial, goes back to the former one when the new one has been
+# started four times, or gives up, without having joined its run. After an end that was none of its own will:
+# appends how it ended to the report on the boot partition, where `scalarfed doctor CARD` finds it.
+#
+#   guard.sh before|after [ROOT]
+set -u
+opt=${2:-}/opt/scalarfed var=${2:-}/var/lib/scalarfed
+
+if [ "$1" = after ]; then
+  [ "${SERVICE_RESULT:-success}" != success ] || exit 0
+  report=$opt/report.txt
+  for place in "${2:-}/boot/firmware" "${2:-}/boot"; do
+    [ -f "$place/scalarfed/report.txt" ] && report=$place/scalarfed/report.txt && break
+  done
+  # A card wears out by writing: a board that fails for ever says so for a while only.
+  [ "$(wc -c <"$report" 2>/dev/null || echo 0)" -lt 32768 ] || exit 0
+  words=$(sed -n 's/.*"last_words": "\(.*\)"}$/\1/p' "$var/starts.json" 2>/dev/null)
+  echo "$(cut -d' ' -f1 /proc/uptime) agent ended: $SERVICE_RESULT ${EXIT_CODE:-} ${EXIT_STATUS:-}: $words" >>"$report"
+  exit 0
+fi
+
+[ -f "$opt/trial" ] || exit 0
+former=$(cat "$opt/trial")
+now=$(readlink "$opt/current")
+
+if [ "$(cat "$var/healthy" 2>/dev/null)" = "${now#releases/}" ]; then
+  rm -f "$opt/trial" "$opt/trial.starts"
+  echo "scalarfed: ${now#releases/} is well; it stays"
+  exit 0
+fi
+starts=$(($(cat "$opt/trial.starts" 2>/dev/null || echo 0) + 1))
+echo $starts >"$opt/trial.starts"
+if [ $starts -gt 4 ] || [ -f "$var/give-back" ]; then
+  if [ -f "$opt/$former/complete" ]; then
+    ln -sfn "$former" "$opt/current.new"
+    mv -fT "$opt/current.new" "$opt/current"
+    echo "${now#releases/}" >"$opt/returned-from"
+    echo "scalarfed: ${now#releases/} did not join in $starts starts; back to ${former#releases/}"
+  fi
+  rm -f "$opt/trial" "$opt/trial.starts" "$var/give-back"
+fi
+exit 0

@@ -1,0 +1,272 @@
+"""What ``scalarfed prune`` does: options checked, net pruned, bundle and picture written.
+
+Knows what the options mean together. Does not know how a net is pruned, nor the command line.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coordinator.progress import Observer
+from coordinator.prune_picture import BudgetLine, prune_picture
+from edge_agent.bundle import Bundle
+from edge_agent.data import load_samples, to_inputs
+from profiles.budget import predict_peak_mib
+from profiles.cost import Cost, graph_cost
+from profiles.device import load_profile
+from profiles.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pruning.prune import Allowance
+
+__all__ = ["PruneRequest", "prune_to_bundle"]
+
+_SHAPE = re.compile(r"[1-9]\d*(x[1-9]\d*)*")
+_LABELLED = 256  # samples that snip and grasp look at
+_BUDGETS = ("density", "params", "macs", "fit")
+
+
+@dataclass(frozen=True)
+class PruneRequest:
+    """The options of ``scalarfed prune``, as typed.
+
+    Attributes:
+        model: A reference net, or ``FILE.py:FUNCTION``.
+        out: The bundle's folder.
+        data: An ``.npz`` of samples.
+        shape: Shape of a sample, such as ``1x28x28``; follows from ``data``.
+        classes: Number of classes; follows from ``data``.
+        density: Fraction of the parameters that stays.
+        params: Parameters that may stay.
+        macs: Multiply-accumulates that a forward of one sample may take.
+        fit: A profile whose memory the training may use.
+        batch_size: Samples of a forward pass, for ``fit`` and the picture.
+        method: One of :data:`pruning.prune.METHODS`.
+        mode: ``structured`` or ``mask``.
+        draws: Draws of the saliency per step.
+        seed: Names the draws and the fresh weights.
+    """
+
+    model: str
+    out: Path
+    data: Path | None = None
+    shape: str | None = None
+    classes: int | None = None
+    density: float | None = None
+    params: float | None = None
+    macs: float | None = None
+    fit: str | None = None
+    batch_size: int = 32
+    method: str = "ntk"
+    mode: str = "structured"
+    draws: int = 5
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class _Problem:
+    sample_shape: tuple[int, ...]
+    classes: int
+    inputs: NDArray[np.float32] | None
+    labels: NDArray[np.int64] | None
+
+
+def prune_to_bundle(request: PruneRequest, *, observer: Observer) -> dict[str, Any]:
+    """Prune, write the bundle and ``pruning.svg`` beside it, and return what was done.
+
+    Raises:
+        ConfigError: Options contradict each other or are missing.
+        ModelError: The net cannot be pruned or exported as asked.
+        DataError: The data file is missing or malformed.
+        ProfileError: There is no such profile.
+    """
+    _check(request)
+    problem = _problem(request)
+    allowed_mib = load_profile(request.fit).memory_mib.value if request.fit else None
+    observer.stage(f"pruning {request.model} by {request.method}")
+    write = _write_mask if request.mode == "mask" else _write_narrow
+    bundle = write(request, problem, allowed_mib, observer)
+    facts = _facts(bundle, request.batch_size)
+    line = BudgetLine(request.fit or "", allowed_mib) if allowed_mib is not None else None
+    (request.out / "pruning.svg").write_text(prune_picture(facts, line), encoding="utf-8")
+    for text in _lines(facts, request):
+        observer.line(text)
+    return facts
+
+
+def _check(request: PruneRequest) -> None:
+    given = [name for name in _BUDGETS if getattr(request, name) is not None]
+    if len(given) > 1:
+        raise ConfigError(
+            f"--{' and --'.join(given)} say how small in {len(given)} ways", hint="Give one of them."
+        )
+    if request.mode not in ("structured", "mask"):
+        raise ConfigError(f"--mode {request.mode} is unknown", hint="Write structured or mask.")
+    if request.mode == "mask" and (":" in request.model or given not in ([], ["density"])):
+        raise ConfigError(
+            "--mode mask takes a reference net and --density only: a mask saves neither MACs nor memory",
+            hint="Leave --mode out for narrower layers.",
+        )
+    if request.data is None and (request.shape is None or request.classes is None):
+        raise ConfigError(
+            "the net's input and output are not known", hint="Give --data, or --shape and --classes."
+        )
+    if request.shape is not None and not _SHAPE.fullmatch(request.shape):
+        raise ConfigError(f"--shape {request.shape} is no shape", hint="Write 64 or 1x28x28.")
+
+
+def _problem(request: PruneRequest) -> _Problem:
+    shape = None if request.shape is None else tuple(int(size) for size in request.shape.split("x"))
+    if request.data is None:
+        if shape is None or request.classes is None:
+            raise ValueError("an unchecked request")
+        return _Problem(shape, request.classes, None, None)
+    samples = load_samples(request.data, "train")
+    inputs = to_inputs(samples.x)
+    if shape is not None and shape != inputs.shape[1:]:
+        raise ConfigError(
+            f"--shape {request.shape} and the samples of {request.data} differ: they are of the shape "
+            f"{'x'.join(map(str, inputs.shape[1:]))}",
+            hint="Leave --shape out.",
+        )
+    classes = request.classes or int(samples.y.max()) + 1
+    return _Problem(inputs.shape[1:], classes, inputs, samples.y)
+
+
+def _allowance(request: PruneRequest, problem: _Problem, allowed_mib: float | None) -> "Allowance | None":
+    from pruning.fit import fit_memory
+    from pruning.prune import Allowance
+
+    for unit, amount in (("params", request.params), ("macs", request.macs)):
+        if amount is not None:
+            return Allowance(unit, amount)
+    if allowed_mib is None:
+        return None
+    if ":" in request.model:
+        raise ConfigError(
+            "--fit takes a reference net; a module of your own is fitted by --params or --macs",
+            hint="Prune it, and look at the memory that is printed.",
+        )
+    return fit_memory(
+        allowed_mib,
+        request.model,
+        sample_shape=problem.sample_shape,
+        classes=problem.classes,
+        batch_size=request.batch_size,
+    )
+
+
+def _write_narrow(
+    request: PruneRequest, problem: _Problem, allowed_mib: float | None, observer: Observer
+) -> Bundle:
+    from pruning.models import standardisation
+    from pruning.prune import prune_model, write_pruned
+    from pruning.prune_module import load_module, prune_module
+
+    allowance = _allowance(request, problem, allowed_mib)
+    density = 0.5 if request.density is None else request.density
+    if ":" in request.model:
+        pruned = prune_module(
+            load_module(request.model),
+            sample_shape=problem.sample_shape,
+            classes=problem.classes,
+            name=request.model.rpartition(":")[2],
+            method=request.method,
+            density=density,
+            allowance=allowance,
+            draws=request.draws,
+            seed=request.seed,
+            progress=observer.pruning,
+        )
+    else:
+        pruned = prune_model(
+            request.model,
+            sample_shape=problem.sample_shape,
+            classes=problem.classes,
+            method=request.method,
+            density=density,
+            allowance=allowance,
+            draws=request.draws,
+            seed=request.seed,
+            standardise=None if problem.inputs is None else standardisation(problem.inputs),
+            labelled=_labelled(problem),
+            progress=observer.pruning,
+        )
+    return write_pruned(pruned, request.out, cost=_cost)
+
+
+def _write_mask(
+    request: PruneRequest, problem: _Problem, allowed_mib: float | None, observer: Observer
+) -> Bundle:
+    from pruning.masked import mask_model, write_masked
+    from pruning.models import standardisation
+
+    masked = mask_model(
+        request.model,
+        sample_shape=problem.sample_shape,
+        classes=problem.classes,
+        method=request.method,
+        density=0.5 if request.density is None else request.density,
+        draws=request.draws,
+        seed=request.seed,
+        standardise=None if problem.inputs is None else standardisation(problem.inputs),
+        labelled=_labelled(problem),
+        progress=observer.pruning,
+    )
+    return write_masked(masked, request.out, cost=_cost)
+
+
+def _labelled(problem: _Problem) -> tuple[NDArray[np.float32], NDArray[np.int64]] | None:
+    if problem.inputs is None or problem.labels is None:
+        return None
+    return problem.inputs[:_LABELLED], problem.labels[:_LABELLED]
+
+
+def _cost(graph: bytes) -> Mapping[str, int]:
+    return graph_cost(graph).as_dict()
+
+
+def _facts(bundle: Bundle, batch_size: int) -> dict[str, Any]:
+    """Return the manifest's pruning, with predicted memory and FLOPs before and after."""
+    pruning = dict(bundle.pruning)
+    dense_cost = {key.removesuffix("_dense"): pruning[key] for key in pruning if f"{key}".endswith("_dense")}
+    fields = {key: dense_cost[key] for key in bundle.cost if key in dense_cost}
+    before = Cost.from_dict(fields, params=pruning["params_dense"])
+    after = Cost.from_dict(bundle.cost, params=bundle.params)
+    lengths = pruning["graph_bytes_dense"], bundle.graph_path.stat().st_size
+    peaks = [
+        predict_peak_mib(cost, batch_size=batch_size, graph_bytes=length).total_mib
+        for cost, length in zip((before, after), lengths, strict=True)
+    ]
+    return {
+        **pruning,
+        "bundle": str(bundle.folder),
+        "identity": bundle.identity,
+        "batch_size": batch_size,
+        "forward_flops": bundle.cost["forward_flops"],
+        "predicted_peak_mib_dense": peaks[0],
+        "predicted_peak_mib": peaks[1],
+    }
+
+
+def _lines(facts: Mapping[str, Any], request: PruneRequest) -> list[str]:
+    lines = [
+        f"parameters {facts['params_dense']:,} -> {facts['params']:,} "
+        f"({facts['params'] / facts['params_dense']:.1%})"
+    ]
+    if request.mode == "mask":
+        lines.append("a mask lowers the variance of the steps; FLOPs and memory are the dense net's")
+    else:
+        lines.append(f"FLOPs of a forward {facts['forward_flops_dense']:,} -> {facts['forward_flops']:,}")
+        lines.append(
+            f"predicted peak memory {facts['predicted_peak_mib_dense']:.1f} -> "
+            f"{facts['predicted_peak_mib']:.1f} MiB at batch {facts['batch_size']}"
+        )
+        widths = (f"{k} {facts['widths_dense'][k]}->{w}" for k, w in facts["widths"].items())
+        lines.append(f"widths {', '.join(widths)}")
+    return [*lines, f"bundle {facts['bundle']}", f"picture {request.out / 'pruning.svg'}"]

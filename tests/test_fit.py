@@ -1,0 +1,46 @@
+"""Tests of scalarfed fit: what a board can train is said before anything is flashed."""
+
+import json
+
+import pytest
+from made_run import make_replayable_run
+
+from coordinator.cli import main
+from profiles.errors import BudgetError
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    return make_replayable_run(tmp_path / "run") / "bundle"
+
+
+def test_a_bundle_that_fits_is_accepted(bundle, capsys):
+    """Memory term by term, the work of a round, the bytes of a reply."""
+    assert main(["fit", str(bundle), "--device", "pi-zero-2w", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["fits"]
+    assert said["predicted_mib"] == pytest.approx(sum(said["prediction"].values()), abs=0.01)
+    assert said["bytes_up"] == 64
+    assert said["largest_batch"] > 16
+    assert said["flops_per_round"] > 0
+
+
+def test_a_bundle_that_does_not_fit_is_refused_with_what_would(bundle, capsys):
+    """The message has both figures, the hint a batch; both come with the JSON's own answer."""
+    code = main(["fit", str(bundle), "--device", "pi-zero-2w", "--samples", "100000000", "--json"])
+    captured = capsys.readouterr()
+    assert code == BudgetError.exit_code
+    assert not json.loads(captured.out)["fits"]
+    assert "allows" in captured.err
+
+
+def test_a_smaller_budget_allows_a_smaller_batch(bundle, capsys):
+    """The largest batch grows with the budget, and the batch it names does fit."""
+    largest = []
+    for budget in (80, 120):
+        assert main(["fit", str(bundle), "--device", "pi-4-2gb", "--memory-mib", str(budget), "--json"]) == 0
+        largest.append(json.loads(capsys.readouterr().out)["largest_batch"])
+    assert largest[0] < largest[1]
+    options = ["--device", "pi-4-2gb", "--memory-mib", "80", "--batch-size"]
+    assert main(["fit", str(bundle), *options, str(largest[0])]) == 0
+    assert main(["fit", str(bundle), *options, str(largest[0] + 2)]) == BudgetError.exit_code

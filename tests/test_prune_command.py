@@ -1,0 +1,189 @@
+"""Tests of ``scalarfed prune``, coordinator.prune_command, coordinator.prune_picture and pruning.fit."""
+
+import json
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+
+from coordinator.cli import main
+from coordinator.prune_picture import BudgetLine, prune_picture
+from edge_agent.bundle import read_bundle
+from edge_agent.forward import Forward
+from profiles.errors import ModelError
+from pruning.fit import fit_memory
+from pruning.models import model_structure
+from pruning.prune import prune_model
+from pruning.prune_module import load_module, prune_module
+
+FAST = ["--draws", "1"]
+NETS = """
+from torch import nn
+def net():
+    return nn.Sequential(nn.Conv2d(1, 12, 3), nn.BatchNorm2d(12), nn.ReLU(), nn.Flatten(), nn.Linear(432, 5))
+def number():
+    return 7
+def broken():
+    raise RuntimeError("no weights here")
+"""
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Return an .npz of 60 images of 8 x 8 in five classes."""
+    rng = np.random.default_rng(0)
+    path = tmp_path / "images.npz"
+    arrays = {f"x_{part}": rng.integers(0, 255, (60, 8, 8)).astype(np.uint8) for part in ("train", "test")}
+    np.savez(path, **arrays, y_train=np.arange(60) % 5, y_test=np.arange(60) % 5)
+    return path
+
+
+@pytest.fixture
+def nets(tmp_path):
+    """Return a Python file with three functions."""
+    path = tmp_path / "nets.py"
+    path.write_text(NETS, encoding="utf-8")
+    return path
+
+
+def test_data_gives_the_shape(images, tmp_path, capsys):
+    """With --data the net takes raw samples of the file, and the bundle runs on them."""
+    out = tmp_path / "bundle"
+    assert main(["prune", "auto", "--data", str(images), "--density", "0.4", *FAST, "-o", str(out)]) == 0
+    assert "parameters 3,669 -> 1,449 (39.5%)" in capsys.readouterr().out
+
+    bundle = read_bundle(out)
+    assert (bundle.model, bundle.sample_shape, bundle.classes) == ("lenet", (1, 8, 8), 5)
+    assert bundle.params <= 0.4 * bundle.pruning["params_dense"]
+    x = np.load(images)["x_test"][:, None].astype(np.float32)
+    logits = Forward(bundle, bundle.replica().weights).logits(x)
+    assert np.abs(logits).max() < 10  # 0 to 255 are standardised inside the graph
+
+
+def test_json_is_one_object(tmp_path, capsys):
+    """With --json stdout is the manifest's pruning and the predicted memory, nothing else."""
+    words = ["lenet", "--shape", "1x14x14", "--classes", "10", "--macs", "20000", "--json", *FAST]
+    assert main(["prune", *words, "-o", str(tmp_path)]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["macs"] <= 20_000
+    assert facts["forward_flops"] == 2 * facts["macs"]
+    assert facts["predicted_peak_mib"] < facts["predicted_peak_mib_dense"]
+    assert read_bundle(tmp_path).identity == facts["identity"]
+
+
+@pytest.mark.parametrize(
+    "budget", [["--params", "5000"], ["--density", "0.2"], []], ids=["params", "density", "default"]
+)
+def test_budgets(budget, tmp_path, capsys):
+    """--params and --density are met from below; without any budget half of the parameters stay."""
+    words = ["lenet", "--shape", "1x14x14", "--classes", "10", "--method", "uniform", "--json", *budget]
+    assert main(["prune", *words, "-o", str(tmp_path)]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    most = {"--params": 5000, "--density": 0.2 * facts["params_dense"]}.get(
+        budget[0] if budget else "", 0.5 * facts["params_dense"]
+    )
+    assert 0.95 * most <= facts["params"] <= most
+
+
+def test_a_mask_claims_nothing(tmp_path, capsys):
+    """--mode mask keeps fewer weights and says that FLOPs and memory are the dense net's."""
+    words = ["lenet", "--shape", "1x14x14", "--classes", "10", "--mode", "mask", "--density", "0.3", *FAST]
+    assert main(["prune", *words, "-o", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "are the dense net's" in said
+    assert "FLOPs of a forward" not in said
+    assert read_bundle(tmp_path).params < 0.3 * read_bundle(tmp_path).pruning["params_dense"]
+
+
+def test_a_module_of_ones_own(images, nets, tmp_path, capsys):
+    """FILE.py:FUNCTION is traced, narrowed and exported."""
+    pytest.importorskip("torch_pruning", reason="the extra `prune` is not installed")
+    words = [f"{nets}:net", "--data", str(images), "--density", "0.5", "--json", *FAST]
+    assert main(["prune", *words, "-o", str(tmp_path / "b")]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["widths_dense"] == {"0": 12}
+    assert facts["widths"] == {"0": 5}
+
+
+def test_pretrained_units_are_the_largest(nets):
+    """A pretrained module keeps the weights of the units with the largest magnitude."""
+    pytest.importorskip("torch_pruning", reason="the extra `prune` is not installed")
+    net = load_module(f"{nets}:net")
+    net[0].weight.data[[1, 4, 7]] *= 100
+    pruned = prune_module(
+        net, sample_shape=(1, 8, 8), classes=5, method="uniform", density=0.26, pretrained=True
+    )
+    assert pruned.widths == {"0": 3}
+    assert (pruned.module[0].weight == net[0].weight[[1, 4, 7]]).all()
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [("number", "returned int"), ("broken", "no weights here"), ("lost", "AttributeError")],
+)
+def test_bad_modules_are_refused(nets, function, message):
+    """A function that fails or returns no module is named."""
+    with pytest.raises(ModelError, match=message):
+        load_module(f"{nets}:{function}")
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["lenet"], 3, "input and output are not known"),
+        (["lenet", "--shape", "1x8", "--classes", "3"], 5, "takes images"),
+        (["lenet", "--shape", "1x-8", "--classes", "3"], 3, "is no shape"),
+        (["lenet", "--shape", "1x8x8", "--classes", "3", "--density", "0.5", "--macs", "9"], 3, "in 2 ways"),
+        (["lenet", "--shape", "1x8x8", "--classes", "3", "--macs", "9"], 5, "below the narrowest net"),
+        (["lenet", "--shape", "1x8x8", "--classes", "3", "--density", "2"], 5, "outside (0, 1]"),
+        (["lenet", "--shape", "1x8x8", "--classes", "3", "--fit", "pi-99"], 7, "pi-99"),
+        (["lenet", "--shape", "1x8x8", "--classes", "3", "--mode", "half"], 3, "unknown"),
+        (
+            ["lenet", "--shape", "1x8x8", "--classes", "3", "--mode", "mask", "--macs", "9"],
+            3,
+            "saves neither",
+        ),
+        (["vgg", "--shape", "1x8x8", "--classes", "3"], 5, "'vgg' is unknown"),
+        (["gone.py:net", "--shape", "1x8x8", "--classes", "3"], 5, "no Python file"),
+    ],
+)
+def test_bad_options_write_nothing(words, code, message, tmp_path, capsys):
+    """A bad option gives its error's code, a message with the value, a hint, and no bundle."""
+    assert main(["prune", *words, "-o", str(tmp_path / "bundle")]) == code
+    said = capsys.readouterr()
+    assert message in said.err
+    assert "hint: " in said.err
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_fitting_meets_the_predicted_memory():
+    """A net fitted to a memory between narrowest and dense is predicted within 5 % under it."""
+    options = {"sample_shape": (1, 28, 28), "classes": 10}
+    allowance = fit_memory(72.0, "dscnn", **options, batch_size=64)
+    structure = model_structure("dscnn", **options)
+    assert allowance.spend(structure.dense) > 72 > allowance.spend(structure.narrowest)
+    pruned = prune_model("dscnn", **options, method="uniform", allowance=allowance)
+    assert 0.95 * 72 <= allowance.spend(pruned.widths) <= 72
+    assert pruned.params < pruned.params_dense
+
+
+def test_picture_shows_every_layer_and_the_budget():
+    """The SVG names each layer, each group and the board, and is the same for the same facts."""
+    facts = {
+        "model": "lenet",
+        "method": "ntk",
+        "params": 50,
+        "params_dense": 100,
+        "densities": {"conv1.weight": 0.5, "fc1.weight": 0.2},
+        "widths_dense": {"first": 8, "second": 9},
+        "widths": {"first": 4, "second": 5},
+        "predicted_peak_mib_dense": 80.0,
+        "predicted_peak_mib": 70.0,
+        "forward_flops_dense": 2e6,
+        "forward_flops": 1e6,
+    }
+    svg = prune_picture(facts, BudgetLine("pi-zero-2w", 75.0))
+    said = " ".join(ElementTree.fromstring(svg).itertext())
+    for word in ("conv1", "fc1", "first", "second", "pi-zero-2w", "50 of 100 parameters"):
+        assert word in said
+    assert svg == prune_picture(facts, BudgetLine("pi-zero-2w", 75.0))
