@@ -94,14 +94,6 @@ class Forward:
         self._at_once = at_once
         self._classes, self._sample_shape = bundle.classes, bundle.sample_shape
         self._others = dict(others or {})
-        self._session = open_session(bundle.graph_path, threads=threads)
-        names = {node.name for node in self._session.get_inputs()}
-        expected = {"x", "y", *self._others, *(tensor.name for tensor in bundle.tensors)}
-        if names != expected:
-            raise BundleError(
-                f"the graph and the manifest differ in {', '.join(sorted(names ^ expected))}: "
-                "every trainable tensor is a graph input"
-            )
         self._head_size = sum(tensor.size for tensor in bundle.tensors if tensor.name in bundle.head)
         self._head_gradient: NDArray[np.float32] | None = None
         self._options = ort.RunOptions()
@@ -109,10 +101,26 @@ class Forward:
         # What a run without a GPU has anyway. ONNX Runtime looks it up at each run, and to say that it is
         # not there takes it 60 us: as long as LeNet's forward.
         self._options.add_run_config_entry("gpu_graph_id", "0")
+        self._session: Any
+        self._binding: Any
+        self._open(bundle, threads)
+        names = {node.name for node in self._session.get_inputs()}
+        expected = {"x", "y", *self._others, *(tensor.name for tensor in bundle.tensors)}
+        if names != expected:
+            raise BundleError(
+                f"the graph and the manifest differ in {', '.join(sorted(names ^ expected))}: "
+                "every trainable tensor is a graph input"
+            )
         self._bind(bundle)
         self.variant = ""
         if not self._others and (kernel := find_kernel()) is not None:
             self._take_variant(bundle, kernel, threads)
+
+    def _open(self, bundle: Bundle, threads: int, variant: str = "", operators: Path | None = None) -> None:
+        """Open a graph; first close the one that is open, since two would be the agent's peak of memory."""
+        self._session = self._binding = None
+        path = bundle.variant_path(variant) if variant else bundle.graph_path
+        self._session = open_session(path, threads=threads, operators=operators)
 
     def _bind(self, bundle: Bundle) -> None:
         """Point the session's inputs at the weights."""
@@ -131,25 +139,21 @@ class Forward:
         x = np.linspace(-1, 1, 2 * math.prod(bundle.sample_shape), dtype=np.float32)
         x = x.reshape(2, *bundle.sample_shape)
         y = np.array([0, bundle.classes - 1], np.int64)
-        plain, expected = self._session, None
-        for variant in (f"blocked{kernel.image_block}", "fused"):
-            if variant not in bundle.variants:
-                continue
-            if expected is None:
-                expected = self.evaluate(x, y)[0]
+        names = [name for name in (f"blocked{kernel.image_block}", "fused") if name in bundle.variants]
+        if not names:
+            return
+        expected = self.evaluate(x, y)[0]
+        for name in names:
             try:
-                self._session = open_session(
-                    bundle.variant_path(variant), threads=threads, operators=kernel.file
-                )
+                self._open(bundle, threads, name, kernel.file)
                 self._bind(bundle)
                 if abs(self.evaluate(x, y)[0] - expected) <= _AGREEMENT * max(1.0, abs(expected)):
-                    self.variant = variant
+                    self.variant = name
                     return
             except (BundleError, EstimateError):  # another release of ONNX Runtime may lack an operator
                 continue
-        if self._session is not plain:
-            self._session = plain
-            self._bind(bundle)
+        self._open(bundle, threads)
+        self._bind(bundle)
 
     def loss(self, x: NDArray[np.float32], y: NDArray[np.int64], *, head: bool = False) -> float:
         """Return the mean loss of a batch: x of shape (n, *sample_shape), y of shape (n,).

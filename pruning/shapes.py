@@ -49,17 +49,19 @@ SHAPES = {
 
 
 class _Block(nn.Module):
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, length: int) -> None:
         super().__init__()
         width = shape.width
+        self.length, self.width = length, width  # not read off x, so that the graph holds plain numbers
         self.heads, self.causal = shape.heads, shape.causal
-        self.query, self.key, self.value, self.mix = (nn.Linear(width, width) for _ in range(4))
+        self.query, self.value, self.mix = (nn.Linear(width, width) for _ in range(3))
+        self.key = nn.Linear(width, width, bias=False)  # softmax would not see it: all scores move alike
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.up, self.down = nn.Linear(width, shape.inner), nn.Linear(shape.inner, width)
 
     def attend(self, x: Tensor) -> Tensor:
         """Mix the positions of x, (n, t, width)."""
-        length, width = x.shape[1], x.shape[2]
+        length, width = self.length, self.width
         q, k, v = (
             layer(x).reshape(-1, length, self.heads, width // self.heads).transpose(1, 2)
             for layer in (self.query, self.key, self.value)
@@ -94,16 +96,16 @@ class Transformer(nn.Module):
         self.shape = shape
         self.tokens = nn.Embedding(shape.vocabulary, shape.width)
         self.places = nn.Embedding(shape.positions, shape.width)
+        self.register_buffer("order", torch.arange(length), persistent=False)
         self.norm = nn.LayerNorm(shape.width)
-        self.blocks = nn.ModuleList(_Block(shape) for _ in range(shape.layers))
+        self.blocks = nn.ModuleList(_Block(shape, length) for _ in range(shape.layers))
         if not shape.causal:
             self.head = nn.Linear(shape.width, shape.classes)
-        self.length = length
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits of samples (n, length): of a class, or of the word after the last."""
         tokens = x.abs().long() % self.shape.vocabulary
-        stream = self.tokens(tokens) + self.places.weight[: self.length]
+        stream = self.tokens(tokens) + self.places(self.order)
         if not self.shape.causal:
             stream = self.norm(stream)
         for block in self.blocks:
