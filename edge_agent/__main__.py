@@ -22,6 +22,7 @@ from edge_agent.commands import Commands
 from edge_agent.credentials import Credentials, client_context
 from edge_agent.data import Samples, load_samples, to_inputs
 from edge_agent.estimator import Estimate
+from edge_agent.footprint import give_back
 from edge_agent.forward import Forward
 from edge_agent.heartbeat import Heartbeat
 from edge_agent.link import Connected, Disconnected, Link, Message, MqttLink
@@ -93,6 +94,7 @@ def main(
     logging.basicConfig(
         level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stdout
     )
+    give_back()  # of the imports
     try:
         return _Process(options, heart or Heartbeat(), commands).run()
     except ScalarfedError as error:
@@ -265,8 +267,10 @@ class _Process:
 
     def _estimate(self, replica: Replica, opened: RoundOpen, number: int) -> Estimate:
         if self.forward is None or self.forward_of is not replica:
+            self.forward = None  # two sessions at once would be the peak of the agent's memory
             self.forward = Forward(self.bundle, replica.weights, threads=self.options.threads)
             self.forward_of = replica
+            give_back()
         made = measure(self.forward, self.samples, replica, opened, number, on_pass=self.heart.progress)
         self.flops += made.forwards * opened.batch_size * self.bundle.cost["forward_flops"]
         self.flops += 2 * self.bundle.size * (made.forwards + 1)  # each forward moved the weights before it
