@@ -16,8 +16,9 @@ from coordinator.aggregation import aggregate, mean_loss, tolerated
 from coordinator.attendance import Attendance
 from coordinator.ledger import Ledger, Work
 from coordinator.outliers import Outliers
+from edge_agent.cohort import Cohort
 from edge_agent.replay import Replica, apply_record
-from edge_agent.wire import Cohort, Reply, RoundOpen, RoundPlan, RoundRecord
+from edge_agent.wire import Reply, RoundOpen, RoundPlan, RoundRecord
 from profiles.errors import EstimateError
 
 __all__ = ["Action", "Announce", "Commit", "Late", "Note", "Rounds", "Terms"]

@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from edge_agent.cohort import Cohort
 from edge_agent.optimizer import METHODS
 from edge_agent.wire import (
     MAX_MESSAGE,
-    Cohort,
     Reply,
     RoundOpen,
     RoundPlan,
