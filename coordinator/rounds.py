@@ -88,6 +88,7 @@ class Terms:
         resend_s: A round without all its answers is announced again after this, then less and less often.
         rule: How the replies become one; see :data:`coordinator.aggregation.RULES`.
         liars: The share of the agents that may lie; the mean trusts all.
+        private: Replies tell no loss.
     """
 
     plan_of: Callable[[int], RoundPlan]
@@ -100,6 +101,7 @@ class Terms:
     resend_s: float
     rule: str = "mean"
     liars: float = 0.2
+    private: bool = False
 
 
 @dataclass
@@ -366,8 +368,10 @@ class Rounds:
         changes = [] if skipped else self.outliers.observe(counted, self._classes(opened))
         flat = np.zeros(plan.steps * plan.scalars, np.float32)
         trusted, liars = self._trusted(counted, opened.terms)
+        # Where as many were left out as may lie, nobody is left to trim: the mean makes most of the others.
+        rule = "trimmed" if len(trusted) < len(counted) and liars == 0 else opened.terms.rule
         if not skipped:
-            flat = aggregate(trusted, rule=opened.terms.rule, liars=liars)
+            flat = aggregate(trusted, rule=rule, liars=liars)
         record = RoundRecord(plan, self._epoch, skipped, flat.reshape(shape), digest=0)
         apply_record(self.replica, record, check=False)
         record = replace(record, digest=self.replica.digest())
@@ -391,7 +395,7 @@ class Rounds:
             actions.append(Note("suspect" if text else "trusted again", agent, text))
         self._uncounted = opened.members - (frozenset() if skipped else counted.keys())
         replies = {a: (reply, a in trusted and not skipped) for a, reply in opened.answered.items()}
-        loss = None if skipped else mean_loss(trusted)
+        loss = None if skipped or opened.terms.private else mean_loss(trusted)
         actions.append(Commit(record, loss, opened.opened_s, replies))
         return actions + self._open_next(now)
 
