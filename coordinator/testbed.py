@@ -25,6 +25,7 @@ from coordinator.ledger import Ledger
 from coordinator.partition import partition
 from coordinator.plans import CHANGED, Plans
 from coordinator.pricing import price_of
+from coordinator.privacy import check_accountant
 from coordinator.progress import Observer, Standing
 from coordinator.rebuild import CHECKPOINT, resume_replica
 from coordinator.reference import Reference
@@ -52,6 +53,7 @@ __all__ = [
     "ledger_of",
     "make_bundle",
     "prepare",
+    "privacy_of",
     "read_samples",
     "rounds_of",
     "run_testbed",
@@ -144,6 +146,8 @@ def read_samples(experiment: Experiment) -> tuple[Samples, Samples]:
 
 
 def _prepare(experiment: Experiment, folder: Path, observer: Observer) -> None:
+    if experiment.privacy.noise:
+        check_accountant()
     observer.stage(f"reading {experiment.data.path}")
     train, _ = read_samples(experiment)
     agents = experiment.agents
@@ -304,7 +308,14 @@ def _terms(experiment: Experiment, plans: Plans) -> Terms:
         resend_s=fleet.resend_s,
         rule=fleet.aggregation,
         liars=fleet.liars,
+        private=experiment.privacy.clip > 0,
     )
+
+
+def privacy_of(experiment: Experiment) -> dict[str, float] | None:
+    """Return what the control message asks of agents for privacy's sake, None for nothing."""
+    privacy = experiment.privacy
+    return {"clip": privacy.clip, "noise": privacy.noise} if privacy.clip else None
 
 
 def _reference(experiment: Experiment, bundle: Bundle, replica: Replica) -> Reference | None:
@@ -412,6 +423,7 @@ def _train(
             rounds=rounds,
             agents=[agent.name for agent in experiment.agents],
             bundle_identity=bundle.identity,
+            privacy=privacy_of(experiment),
             checkpoint=out / CHECKPOINT,
             on_commit=on_commit,
             on_idle=on_idle,
