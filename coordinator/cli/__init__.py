@@ -21,6 +21,7 @@ from coordinator.cli import (
     prune,
     replay,
     report,
+    serve,
     simulate,
     swarm,
     testbed,
@@ -46,6 +47,7 @@ app.add_typer(flash.app, name="flash")
 app.add_typer(devices.app, name="devices")
 devices.app.command(name="certificates")(enrol.certificates)
 devices.app.command(name="revoke", epilog=enrol.REVOKE_EXAMPLE)(enrol.revoke)
+app.command(name="serve", epilog=serve.EXAMPLE)(serve.serve)
 app.command(name="enrol", epilog=enrol.EXAMPLE)(enrol.enrol)
 app.command(name="ctl", epilog=ctl.EXAMPLE)(ctl.ctl)
 app.command(name="doctor", epilog=doctor.EXAMPLE)(doctor.doctor)
