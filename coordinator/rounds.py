@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coordinator.aggregation import aggregate_shares, mean_loss, tolerated
-from coordinator.attendance import Attendance
+from coordinator.attendance import SILENT_ROUNDS, Attendance
 from coordinator.ledger import Ledger, Work
 from coordinator.outliers import Outliers
 from edge_agent.cohort import Cohort
@@ -256,6 +256,18 @@ class Rounds:
         if self.attendance.readmit(agent, hello=hello, round_=self.replica.round):
             return [Note("readmitted", agent, "the agent spoke again")]
         return []
+
+    def shut_out(self, agent: int, now: float) -> list[Action]:
+        """Take an agent out at once: what it said in the open round does not count, nobody waits for it."""
+        self.attendance.members[agent].silent = SILENT_ROUNDS
+        self._set_presence(agent, online=False)
+        opened = self._open
+        if opened is not None and agent in opened.members and len(opened.members) > 1:
+            opened.members -= {agent}
+            opened.waiting.discard(agent)
+            for replies in (opened.answered, opened.counted):
+                replies.pop(agent, None)
+        return self._close_if_over(now)
 
     def on_reply(self, agent: int, reply: Reply, now: float) -> list[Action]:
         """Take in a reply; whatever does not belong to the open round is counted and dropped."""
