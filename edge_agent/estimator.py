@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.grid import RESERVE_STEPS, Segment, Term, chunks, move, perturb
+from edge_agent.grid import RESERVE_STEPS, Segment, Term, chunks, displacer, move
 from edge_agent.head import chosen, head_size
 from edge_agent.noise import values
 from edge_agent.optimizer import method_by_code
@@ -169,25 +169,27 @@ class _Meter:
         plan = self._plan
         scalars: list[np.float32] = []
         here = 0.0 if central else self._evaluate(0)
-        segments = self._segments()
-        last: list[Term] = []  # what brings the replica back, in the segments of the last direction
+        displace: dict[int, Callable[[Sequence[Term]], None]] = {}
+        for numbers, reached in _reached(self._replica, plan, self._share):
+            displace |= dict.fromkeys(numbers, self._displacer(reached))
+        last: list[Term] = []  # what brings the replica back, in the reach of the last direction
         try:
             for number, key in enumerate(plan.keys(step, self._share)):
-                if last and segments[number] is not segments[number - 1]:
-                    self._displace(segments[number - 1], last)
+                if last and displace[number] is not displace[number - 1]:
+                    displace[number - 1](last)
                     last = []
-                self._displace(segments[number], [*last, Term(key, 1)])  # back and there in one pass
+                displace[number]([*last, Term(key, 1)])  # back and there in one pass
                 last = [Term(key, -1)]
                 plus = self._evaluate(number)
                 if central:
-                    self._displace(segments[number], [Term(key, -2)])
+                    displace[number]([Term(key, -2)])
                     last = [Term(key, 1)]
                     scalars.append(two_point(plus, self._evaluate(number), plan.epsilon))
                 else:
                     scalars.append(one_sided(plus, here, plan.epsilon))
         finally:
             if last:
-                self._displace(segments[min(len(scalars), plan.perturbations - 1)], last)
+                displace[min(len(scalars), plan.perturbations - 1)](last)
         return scalars
 
     def slopes(self, step: int, slope: Slope) -> list[np.float32]:
@@ -233,14 +235,14 @@ class _Meter:
             self._head_count += 1
         return loss
 
-    def _displace(self, segments: Sequence[Segment], terms: Sequence[Term]) -> None:
-        perturb(
-            self._replica.weights,
+    def _displacer(self, segments: Sequence[Segment]) -> Callable[[Sequence[Term]], None]:
+        replica, plan = self._replica, self._plan
+        return displacer(
+            replica.weights,
             segments,
-            terms,
-            epsilon=self._plan.epsilon,
-            curvature=self._replica.curvature_for(self._plan),
-            threads=self._replica.threads,
+            epsilon=plan.epsilon,
+            curvature=replica.curvature_for(plan),
+            threads=replica.threads,
         )
 
 

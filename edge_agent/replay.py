@@ -220,11 +220,12 @@ def _update(replica: Replica, record: RoundRecord) -> None:
         rate = replica.normaliser.divide(rate)
     replica.clock.tick(constants)
     learning = Learning(0.0, constants.get("nu", 0.0), max(constants.get("floor", 0.0), _SMALLEST_CURVATURE))
+    of_steps = [plan.keys(step) for step in range(plan.steps)]
     for reached, segments in replica.reach(plan):
         numbers = [number for number in reached if number in answered]
         if not numbers:
             continue
-        keys = [[plan.keys(step)[number] for number in numbers] for step in range(plan.steps)]
+        keys = [[of_step[number] for number in numbers] for of_step in of_steps]
         parts = [whole_scalars(_directed(method, plan, scalars)[numbers]) for scalars in record.scalars]
         wholes = np.stack([whole for whole, _ in parts])
         if method.moments:

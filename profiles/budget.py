@@ -28,8 +28,9 @@ __all__ = [
 ]
 
 _MIB = 2**20
-_IMPORTS_MIB = 55.0
-_SESSION_MIB = 9.9  # the runtime's own pages, once a session has been made and run
+_IMPORTS_MIB = 35.0  # what stays of Python and the libraries; edge_agent/footprint.py gives the rest back
+_SESSION_MIB = 8.0  # the runtime's own pages that passes go on needing
+_START_MIB = 13.5  # pages that only the imports and opening a session need, before the first pass
 _SESSION_PER_GRAPH_BYTE = 25.0  # nodes and kernels: a graph of 147 KB takes 3.7 MiB
 _SCRATCH = 1.05  # what kernels pack and unfold beside the buffers between them
 _THREAD_MIB = 0.2  # the touched part of a stack and of an allocator's arena
@@ -50,7 +51,7 @@ class Prediction:
     Attributes:
         batch_size: Samples of one forward pass.
         per_sample: What one sample more would add to ``activations``.
-        imports: Python and the agent's libraries.
+        imports: What stays of Python and the agent's libraries.
         session: The runtime's own, and the graph.
         weights: The one copy of the trainable tensors.
         curvature: Optimizer state beyond the weights.
@@ -73,12 +74,21 @@ class Prediction:
 
     @property
     def terms(self) -> dict[str, float]:
-        """Every term by name; their sum is the peak."""
-        return {
+        """Every term by name; their sum is the peak.
+
+        ``start`` is what the imports and opening a session need beyond all that comes later.
+        """
+        fields = {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
             if field.name not in ("batch_size", "per_sample")
         }
+        return {**fields, "start": max(0.0, _START_MIB - self._later)}
+
+    @property
+    def _later(self) -> float:
+        """What comes after the start, in the place of pages that it has given back."""
+        return self.curvature + self.activations + self.chunks + self.threads
 
     @property
     def total_mib(self) -> float:
@@ -92,7 +102,10 @@ class Prediction:
 
     def largest_batch(self, allowed_mib: float) -> int:
         """Return the largest batch size whose predicted peak is within ``allowed_mib``; 0 if none is."""
-        spare = allowed_mib - self.total_mib
+        left = allowed_mib - (self.imports + self.session + self.weights + self.data)
+        if left + 1e-9 < _START_MIB:
+            return 0
+        spare = left - self._later
         if self.per_sample == 0:
             return self.batch_size if spare >= 0 else 0
         return max(0, self.batch_size + math.floor(spare / self.per_sample + 1e-9))
@@ -103,17 +116,25 @@ class Prediction:
         Narrower layers that keep a share d of the parameters keep about sqrt(d) of every width, and so of
         the activations. Rounded down to two decimals; 0 if not even an empty net fits.
         """
-        linear, root = self.weights + self.curvature, self.activations
-        left = allowed_mib - (self.total_mib - linear - root)
-        if left <= 0:
-            return 0.0
-        if linear + root <= left:
-            return 1.0
-        if linear == 0:
-            return math.floor(100 * (left / root) ** 2) / 100
-        # The positive s = sqrt(d) with linear * s**2 + root * s = left.
-        width = (math.sqrt(root**2 + 4 * linear * left) - root) / (2 * linear)
-        return math.floor(100 * width**2) / 100
+        left = allowed_mib - (self.imports + self.session + self.data)
+        before = _density_within(left - _START_MIB, linear=self.weights, root=0.0)
+        after = _density_within(
+            left - self.chunks - self.threads, linear=self.weights + self.curvature, root=self.activations
+        )
+        return min(before, after)
+
+
+def _density_within(left: float, *, linear: float, root: float) -> float:
+    """Return the largest d in [0, 1], in hundredths, with ``linear * d + root * sqrt(d) <= left``, or 0."""
+    if left <= 0:
+        return 0.0
+    if linear + root <= left:
+        return 1.0
+    if linear == 0:
+        return math.floor(100 * (left / root) ** 2) / 100
+    # The positive s = sqrt(d) with linear * s**2 + root * s = left.
+    width = (math.sqrt(root**2 + 4 * linear * left) - root) / (2 * linear)
+    return math.floor(100 * width**2) / 100
 
 
 @dataclass(frozen=True)
@@ -293,8 +314,8 @@ def check_memory(
     if batch > 0:
         ways.append(f"set `batch_size = {batch}`")
     if not ways:
-        net = prediction.weights + prediction.curvature + prediction.activations
-        ways.append(f"leave the device out: {prediction.total_mib - net:.0f} MiB are needed before any net")
+        bare = dataclasses.replace(prediction, weights=0.0, curvature=0.0, activations=0.0)
+        ways.append(f"leave the device out: {bare.total_mib:.0f} MiB are needed before any net")
     hint = ", or ".join(ways)
     raise BudgetError(
         f"Training `{model}` needs {prediction.total_mib:.0f} MiB on the device; `{device}` allows "
