@@ -11,8 +11,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import fields
 
 from coordinator.config import with_settings
-from coordinator.experiment import Experiment
+from coordinator.experiment import Experiment, Method
 from edge_agent.bundle import Bundle
+from edge_agent.head import taking_part
 from edge_agent.optimizer import METHODS
 from edge_agent.plan import RoundPlan
 from profiles.errors import ConfigError
@@ -109,11 +110,6 @@ def plan_of(experiment: Experiment, bundle: Bundle, round_: int) -> RoundPlan:
         name: value * (factor if name in method.scheduled else 1.0)
         for name, value in settings.constants.items()
     }
-    last = settings.constants.get("layers")
-    told = (bundle.head, bundle.hidden)[: method.head]
-    exact = [tensor for tensor in bundle.tensors if any(tensor.name in layer for layer in told)]
-    if last is not None:
-        exact = [tensor for layer in bundle.layers[-int(last) :] for tensor in layer]
     return RoundPlan(
         round=round_,
         seed=experiment.seed,
@@ -123,5 +119,15 @@ def plan_of(experiment: Experiment, bundle: Bundle, round_: int) -> RoundPlan:
         epsilon=settings.epsilon,
         learning_rate=settings.learning_rate * factor,
         constants=method.values(constants),
-        exact=min(settings.exact, sum(tensor.size for tensor in exact)) if method.head else 0,
+        exact=_exact(settings, bundle),
     )
+
+
+def _exact(settings: Method, bundle: Bundle) -> int:
+    """Return how many exact scalars a step has: as asked, but no more than the layers that take part have."""
+    if "layers" in settings.constants:
+        last = bundle.layers[-int(settings.constants["layers"]) :]
+        return min(settings.exact, sum(tensor.size for layer in last for tensor in layer))
+    told = [layer for layer in (bundle.head, bundle.hidden)[: METHODS[settings.name].head] if layer]
+    sizes = [sum(tensor.size for tensor in bundle.tensors if tensor.name in layer) for layer in told]
+    return min(settings.exact, sum(sizes[: taking_part(settings.exact, sizes)]))

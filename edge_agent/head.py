@@ -16,10 +16,11 @@ from edge_agent.grid import Segment
 from edge_agent.noise import NoiseKey, hash_words, mix64
 from edge_agent.plan import RoundPlan
 
-__all__ = ["Span", "chosen", "flat_indices", "head_size", "outside"]
+__all__ = ["Span", "chosen", "flat_indices", "head_size", "outside", "taking_part"]
 
 Span = tuple[int, int]
 
+_LONGEST_TURN = 100
 _ORDER = 0x4EAD << 32  # beyond every perturbation number, so that no noise has this key
 
 
@@ -35,8 +36,7 @@ def chosen(plan: RoundPlan, step: int, sizes: Sequence[int]) -> NDArray[np.int64
     """Return which coordinates a step's exact scalars are: int64 of shape (plan.exact,), layer by layer.
 
     All of a layer are gone through in a shuffled order before the first comes again; the order of each pass
-    follows from the key alone. Of two layers the first, which is the last of the net, has half of the
-    scalars, or all of its coordinates where that is less.
+    follows from the key alone. Of two layers the first, which is the last of the net, moves whole.
 
     Args:
         plan: With the number of exact scalars and the seed.
@@ -48,7 +48,7 @@ def chosen(plan: RoundPlan, step: int, sizes: Sequence[int]) -> NDArray[np.int64
     """
     if plan.exact > sum(sizes):
         raise ValueError(f"{plan.exact} exact scalars of layers with {sum(sizes)} weights")
-    first = plan.exact if len(sizes) == 1 else min(sizes[0], max(-(-plan.exact // 2), plan.exact - sizes[1]))
+    first = min(plan.exact, sizes[0])
     parts = [_turn(plan, step, first, sizes[0], 0)]
     if len(sizes) > 1:
         parts.append(sizes[0] + _turn(plan, step, plan.exact - first, sizes[1], 1))
@@ -65,6 +65,17 @@ def _turn(plan: RoundPlan, step: int, count: int, size: int, layer: int) -> NDAr
         words = hash_words(NoiseKey(mix64(plan.seed), number, layer, _ORDER), 0, size)
         taken[passes == number] = np.argsort(words, kind="stable")[places[passes == number]]
     return taken
+
+
+def taking_part(exact: int, sizes: Sequence[int]) -> int:
+    """Return how many of the layers, the last of the net first, send exact scalars.
+
+    The layer before the last takes part if, with the last moving whole, what is left of the scalars brings
+    each of its coordinates its turn within a hundred rounds; else it is perturbed like the rest.
+    """
+    if len(sizes) > 1 and (exact - sizes[0]) * _LONGEST_TURN >= sizes[1]:
+        return 2
+    return 1
 
 
 def flat_indices(coordinates: NDArray[np.int64], spans: Sequence[Span]) -> NDArray[np.int64]:

@@ -28,7 +28,7 @@ from edge_agent.grid import (
     weighted_noise,
     whole_scalars,
 )
-from edge_agent.head import Span, chosen, flat_indices, head_size, outside
+from edge_agent.head import Span, chosen, flat_indices, head_size, outside, taking_part
 from edge_agent.moments import Clock, descend, follow
 from edge_agent.native.kernel import Learning, find_kernel
 from edge_agent.noise import NOISE_VERSION, NoiseKey, hash_words, mix64
@@ -113,7 +113,8 @@ class Replica:
         last = method.named(plan.constants).get("layers")
         if last is not None:
             return [tuple(span for layer in self.layers[-int(last) :] for span in layer)]
-        return [layer for layer in (self.head, self.hidden)[: method.head] if layer]
+        layers = [layer for layer in (self.head, self.hidden)[: method.head] if layer]
+        return layers[: taking_part(plan.exact, [head_size(layer) for layer in layers])]
 
     def exact_spans(self, plan: RoundPlan) -> tuple[Span, ...]:
         """Return the spans of all weights that have exact scalars, layer by layer."""

@@ -248,5 +248,5 @@ def test_names_in_the_file_are_those_of_the_pruning_floor(write):
 
 def test_a_constant_that_was_asked_for_is_never_dropped():
     """An override with a constant of another method is refused, though the file's own would be dropped."""
-    with pytest.raises(ConfigError, match="`method.nu` is not a known key"):
+    with pytest.raises(ConfigError, match=r"`method\.nu` is not a known key"):
         load_experiment(ROOT / "examples" / "digits.toml", ["method.name=decomfl", "method.nu=0.1"])

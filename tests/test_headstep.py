@@ -11,7 +11,7 @@ from edge_agent.data import Samples
 from edge_agent.estimator import estimate
 from edge_agent.forward import Forward
 from edge_agent.grid import Segment, plan_segments, snap
-from edge_agent.head import chosen, flat_indices, head_size, outside
+from edge_agent.head import chosen, flat_indices, head_size, outside, taking_part
 from edge_agent.measure import measure
 from edge_agent.noise import values
 from edge_agent.optimizer import METHODS
@@ -299,15 +299,24 @@ def test_a_net_of_two_layers_keeps_one_to_be_perturbed(bundle):
     assert bundle.replica().exact_layers(deep_plan(exact=7)) == [bundle.replica().head]
 
 
-@pytest.mark.parametrize(("exact", "head"), [(20, 10), (21, 11), (149, 50), (119, 50), (90, 45)])
-def test_two_layers_share_the_exact_scalars(exact, head):
-    """The last layer has half of them, or all that it can take; each has its turn in its own order."""
-    taken = chosen(deep_plan(exact=exact), 0, [50, 99])
+def test_the_layer_before_takes_part_where_it_has_its_turn_often_enough(deep):
+    """With a hundred rounds for a turn at most; else it is perturbed, and all is as with one layer."""
+    _, bundle = deep
+    here = bundle.replica()
+    assert [taking_part(n, [330, 25120]) for n in (64, 330, 581, 582, 25450)] == [1, 1, 1, 2, 2]
+    assert here.exact_layers(deep_plan(exact=50)) == [here.head]
+    assert here.exact_layers(deep_plan(exact=51)) == [here.head, here.hidden]
+    one = replace(deep_plan(exact=50), method=METHODS["headstep"].code)
+    assert here.reach(deep_plan(exact=50)) == here.reach(one)
 
-    assert (taken < 50).sum() == head
-    assert len(set(taken.tolist())) == exact
-    turns = np.concatenate([chosen(deep_plan(r, exact=20), 0, [50, 100]) for r in range(10)])
-    assert sorted(turns[turns >= 50].tolist()) == list(range(50, 150))
+
+def test_the_last_layer_moves_whole_and_the_one_before_by_turns():
+    """Of 70 scalars the last layer's 50 coordinates have one each; the others each have their turn."""
+    taken = chosen(deep_plan(exact=70), 0, [50, 100])
+
+    assert sorted(taken[:50].tolist()) == list(range(50))
+    turns = np.concatenate([chosen(deep_plan(r, exact=70), 0, [50, 100])[50:] for r in range(5)])
+    assert sorted(turns.tolist()) == list(range(50, 150))
 
 
 def test_two_layers_are_replayed_as_a_float64_reference(deep):
