@@ -19,6 +19,7 @@ from coordinator.experiment import (
     Evaluation,
     Experiment,
     Fleet,
+    Health,
     Method,
     Model,
     Privacy,
@@ -57,6 +58,7 @@ _SECTIONS: dict[str, type[Any]] = {
     "fleet": Fleet,
     "broker": BrokerChoice,
     "evaluation": Evaluation,
+    "health": Health,
     "privacy": Privacy,
 }
 

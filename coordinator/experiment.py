@@ -23,6 +23,7 @@ __all__ = [
     "Evaluation",
     "Experiment",
     "Fleet",
+    "Health",
     "Method",
     "Model",
     "Privacy",
@@ -223,6 +224,20 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Health:
+    """What is done when a run is not well: a loss jumps or diverges, or weights reach the end of their grid.
+
+    Attributes:
+        answer: ``none`` only says so; ``halve`` halves the learning rate; ``rollback`` also goes back to the
+            round with the lowest loss so far.
+        most: How often that is done in a run.
+    """
+
+    answer: Annotated[str, Choice(("none", "halve", "rollback"))] = "none"
+    most: Annotated[int, Whole(1, 20)] = 3
+
+
+@dataclass(frozen=True)
 class Privacy:
     """How little a reply says of any one agent.
 
@@ -261,6 +276,7 @@ class Experiment:
     devices: tuple[Device, ...]
     broker: BrokerChoice
     evaluation: Evaluation
+    health: Health
     privacy: Privacy = field(default_factory=Privacy)
     seed: Annotated[int, Whole()] = 7
     rounds: Annotated[int, Whole(1, 2**31 - 1)] = 400

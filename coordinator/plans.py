@@ -56,6 +56,16 @@ class Plans:
         """Return what a round asks."""
         return plan_of(self.experiment(round_), self._bundle, round_)
 
+    @property
+    def latest(self) -> int:
+        """The round from which the latest change counts."""
+        return self._versions[-1][0]
+
+    def change_at(self, round_: int, settings: Sequence[str]) -> str:
+        """Forget the changes from a round on, then change settings there; see :meth:`change`."""
+        self._versions = [self._versions[0], *(v for v in self._versions[1:] if v[0] < round_)]
+        return self.change(round_, settings)
+
     def experiment(self, round_: int) -> Experiment:
         """Return the experiment as it stands for a round."""
         return next(version for start, version in reversed(self._versions) if start <= round_)

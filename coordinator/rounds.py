@@ -377,16 +377,15 @@ class Rounds:
         counted = opened.counted
         plan = opened.message.plan
         skipped = len(counted) < max(1, self._needed(opened))
-        shape = (plan.steps, plan.scalars)
-        alike = plan.shares == 1  # agents of unlike shares measure unlike things
-        changes = self.outliers.observe(counted, self._classes(opened)) if alike and not skipped else []
+        alike = not skipped and plan.shares == 1
+        changes = self.outliers.observe(counted, self._classes(opened)) if alike else []
         flat = np.zeros(plan.steps * plan.scalars, np.float32)
         trusted, liars = self._trusted(counted, opened.terms)
         # Where as many were left out as may lie, nobody is left to trim: the mean makes most of the others.
         rule = "trimmed" if len(trusted) < len(counted) and liars == 0 else opened.terms.rule
         if not skipped:
             flat = aggregate_shares(trusted, plan, rule=rule, liars=liars)
-        record = RoundRecord(plan, self._epoch, skipped, flat.reshape(shape), digest=0)
+        record = RoundRecord(plan, self._epoch, skipped, flat.reshape(plan.steps, plan.scalars), digest=0)
         apply_record(self.replica, record, check=False)
         record = replace(record, digest=self.replica.digest())
         self._recent = [*self._recent, record][-_RECENT:]

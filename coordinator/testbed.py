@@ -16,9 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from coordinator.answers import Answers, RolledBack
 from coordinator.broker import Broker, open_broker
 from coordinator.config import dump, load_experiment
 from coordinator.control import Control
+from coordinator.evaluation import Evaluator
 from coordinator.experiment import AgentPlan, Experiment
 from coordinator.guard import Guard, connect, guard_of
 from coordinator.health import Health
@@ -38,7 +40,6 @@ from coordinator.service import Service
 from coordinator.summary import write_summary
 from edge_agent.bundle import Bundle, read_bundle, sign_bundle
 from edge_agent.data import Samples, load_samples, to_inputs
-from edge_agent.forward import Forward
 from edge_agent.optimizer import METHODS
 from edge_agent.replay import Replica
 from edge_agent.topics import Topics
@@ -48,8 +49,6 @@ from profiles.cost import Cost, graph_cost
 from profiles.errors import ConfigError, DataError, ScalarfedError
 
 __all__ = [
-    "Evaluator",
-    "evaluate",
     "ledger_of",
     "make_bundle",
     "prepare",
@@ -59,8 +58,6 @@ __all__ = [
     "rounds_of",
     "run_testbed",
 ]
-
-_EVALUATION_BATCH = 256
 
 
 def run_testbed(experiment: Experiment, *, out: Path, resume: bool, observer: Observer) -> dict[str, Any]:
@@ -106,9 +103,14 @@ def run_testbed(experiment: Experiment, *, out: Path, resume: bool, observer: Ob
         observer.line(f"broker: {broker.kind} at {broker.agents_url}")
         log.set_meta("broker", broker.kind)
         try:
-            service = _train(
-                experiment, out, bundle, test, log=log, broker=broker, guard=guard, observer=observer
-            )
+            while True:
+                try:
+                    service = _train(
+                        experiment, out, bundle, test, log=log, broker=broker, guard=guard, observer=observer
+                    )
+                    break
+                except RolledBack as back:
+                    observer.line(back.text)
         except BaseException as error:
             log.add_event("interrupted", "", f"{type(error).__name__}: {error}")
             raise
@@ -346,43 +348,6 @@ def _reference(experiment: Experiment, bundle: Bundle, replica: Replica) -> Refe
     return Reference(bundle, replica, load_samples(experiment.data.path, "test", classes=bundle.classes))
 
 
-class Evaluator:
-    """Judges a replica by samples that no agent has.
-
-    Args:
-        bundle: Whose graph it is.
-        replica: Only read; where the method keeps a running mean of the weights, that is judged.
-        samples: The test samples.
-    """
-
-    def __init__(self, bundle: Bundle, replica: Replica, samples: Samples) -> None:
-        self._bundle = bundle
-        self._replica = replica
-        self._samples = samples
-        self._weights = replica.evaluated()
-        self._forward = Forward(bundle, self._weights)
-
-    def __call__(self) -> tuple[float, float]:
-        """Return mean loss and accuracy at the replica's present round."""
-        weights = self._replica.evaluated()
-        if weights.ctypes.data != self._weights.ctypes.data:  # a running mean begins with the first record
-            self._weights = weights
-            self._forward = Forward(self._bundle, weights)
-        return evaluate(self._forward, self._samples)
-
-
-def evaluate(forward: Forward, samples: Samples) -> tuple[float, float]:
-    """Return mean loss and accuracy over all samples."""
-    losses = 0.0
-    right = 0
-    for start in range(0, len(samples), _EVALUATION_BATCH):
-        batch = samples.pick(slice(start, start + _EVALUATION_BATCH))
-        loss, correct = forward.evaluate(to_inputs(batch.x), batch.y)
-        losses += loss * len(batch)
-        right += correct
-    return losses / len(samples), right / len(samples)
-
-
 def _train(
     experiment: Experiment,
     out: Path,
@@ -410,6 +375,7 @@ def _train(
         log.add_evaluation(replica.round, loss, accuracy)
 
     health = Health(experiment.method.learning_rate)
+    answers = Answers(experiment, plans, log, health)
 
     def on_commit(record: RoundRecord, loss: float | None) -> None:
         done = record.plan.round + 1
@@ -423,6 +389,8 @@ def _train(
         observer.round(
             Standing(done, present.rounds, loss, accuracy, service.online(), agents, *service.bytes_seen())
         )
+        if text := answers.after(record.plan.round):
+            observer.line(f"round {done}: {text}")
 
     with local_fleet(experiment, out, broker, log, guard) as supervisor:
 
