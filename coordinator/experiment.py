@@ -25,6 +25,7 @@ __all__ = [
     "Fleet",
     "Method",
     "Model",
+    "Privacy",
     "Pruning",
 ]
 
@@ -222,6 +223,21 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Privacy:
+    """How little a reply says of any one agent.
+
+    Attributes:
+        clip: Largest Euclidean length of an agent's vector of scalars; 0 for no such bound.
+        noise: Standard deviation of the secret Gaussian noise that an agent adds to each scalar, in clips.
+        delta: For the epsilon in the report.
+    """
+
+    clip: Annotated[float, Number(least=0, remedy="A length that most replies have is a good start.")] = 0.0
+    noise: Annotated[float, Number(least=0, most=1e6, remedy="1 is a lot for a single agent.")] = 0.0
+    delta: Annotated[float, Number(above=0, most=0.1, remedy="1e-5 is usual.")] = 1e-5
+
+
+@dataclass(frozen=True)
 class AgentPlan:
     """One agent of the fleet; ids count from 0 in the order of the file."""
 
@@ -245,6 +261,7 @@ class Experiment:
     devices: tuple[Device, ...]
     broker: BrokerChoice
     evaluation: Evaluation
+    privacy: Privacy = field(default_factory=Privacy)
     seed: Annotated[int, Whole()] = 7
     rounds: Annotated[int, Whole(1, 2**31 - 1)] = 400
 

@@ -119,13 +119,16 @@ class Guard:
         self.shut_out = authority.shut_out()
         self._write_rules()
 
-    def start(self, folder: Path, *, host: str = "127.0.0.1", port: int = 0) -> Broker:
+    def start(
+        self, folder: Path, *, host: str = "127.0.0.1", port: int = 0, names: Iterable[str] = ()
+    ) -> Broker:
         """Start mosquitto; the broker's ``url`` is the coordinator's way in, ``agents_url`` the agents'.
 
         Args:
             folder: For configuration, log and pid file.
             host: Address for the agents.
             port: Likewise; 0 for any free one.
+            names: Further names or addresses of this machine, as the agents know it.
 
         Raises:
             BrokerError: mosquitto is not installed (amqtt can neither check certificates against a revocation
@@ -139,7 +142,7 @@ class Guard:
                 "lists nor rights by certificate.",
                 hint="Install mosquitto 2, stay on the loopback, or say --insecure in a network of your own.",
             )
-        server = self.authority.server_identity([] if host in ("0.0.0.0", "::") else [host])
+        server = self.authority.server_identity([*names, *([] if host in ("0.0.0.0", "::") else [host])])
         self._broker = start_mosquitto(
             program,
             folder,

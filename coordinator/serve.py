@@ -15,7 +15,7 @@ from coordinator.plans import CHANGED, Plans
 from coordinator.rebuild import CHECKPOINT, resume_replica
 from coordinator.scalar_log import ScalarLog
 from coordinator.service import Service
-from coordinator.testbed import ledger_of, rounds_of
+from coordinator.testbed import ledger_of, privacy_of, rounds_of
 from edge_agent.bundle import read_bundle
 from edge_agent.link import Link, MqttLink
 from edge_agent.topics import Topics
@@ -75,6 +75,7 @@ def serve_run(
             rounds=rounds,
             agents=[agent.name for agent in experiment.agents],
             bundle_identity=bundle.identity,
+            privacy=privacy_of(experiment),
             checkpoint=run / CHECKPOINT,
             on_commit=on_commit,
             on_idle=idle,

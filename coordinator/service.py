@@ -46,6 +46,7 @@ class Service:
         rounds: The state machine, not yet started.
         agents: Names of the fleet in the order of their numbers.
         bundle_identity: What the agents must have.
+        privacy: What every agent does to its scalars: ``clip`` and ``noise``; None for nothing.
         shards: Topics over which the agents are spread.
         checkpoint: File for the replica as it is every few hundred rounds; it bounds what a late joiner, or
             the next coordinator, has to replay. None keeps it in memory alone.
@@ -69,6 +70,7 @@ class Service:
         rounds: Rounds,
         agents: Sequence[str],
         bundle_identity: str,
+        privacy: Mapping[str, float] | None = None,
         shards: int = 1,
         checkpoint: Path | None = None,
         checkpoint_every: int = 500,
@@ -87,6 +89,7 @@ class Service:
         self._numbers = {name: number for number, name in enumerate(agents)}
         self._roster = pack_names(agents)
         self._bundle_identity = bundle_identity
+        self._privacy = privacy
         self._shards = shards
         self._checkpoint = checkpoint
         self._checkpoint_every = checkpoint_every
@@ -227,6 +230,7 @@ class Service:
             "epoch": self._rounds.epoch,
             "agents": self._roster,
             "shards": self._shards,
+            **({} if self._privacy is None else {"privacy": dict(self._privacy)}),
         }
         self._say(self._topics.control, json.dumps(control).encode())
 

@@ -7,12 +7,13 @@ simulation and of a fleet agree, if no message of the fleet came too late.
 """
 
 import json
+import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,10 +29,14 @@ from coordinator.testbed import Evaluator, make_bundle, read_samples, rounds_of
 from edge_agent.bundle import Bundle
 from edge_agent.data import Samples
 from edge_agent.forward import Forward
-from edge_agent.measure import measure
+from edge_agent.measure import forward_for, measure
+from edge_agent.privacy import Privacy, privatise
 from edge_agent.wire import Reply, RoundOpen, decode, encode
 from profiles.errors import ConfigError, EstimateError
 from profiles.memory import peak_rss_mib
+
+if TYPE_CHECKING:
+    from edge_agent.torch_forward import TorchForward
 
 __all__ = ["Spending", "deal", "play", "simulate", "with_agents"]
 
@@ -130,7 +135,9 @@ def _simulate(experiment: Experiment, folder: Path, observer: Observer) -> dict[
                 )
             )
 
-        play(rounds, bundle, train, parts, on_commit=on_commit, spent=spent)
+        asked = experiment.privacy
+        privacy = Privacy(asked.clip, asked.noise) if asked.clip else None
+        play(rounds, bundle, train, parts, on_commit=on_commit, spent=spent, privacy=privacy)
         loss, accuracy = log.last_evaluation() or (None, None)
         summary = {
             "name": experiment.name,
@@ -174,6 +181,7 @@ def play(
     on_commit: Callable[[Commit], None],
     spent: Spending,
     stop: Callable[[], bool] = lambda: False,
+    privacy: Privacy | None = None,
 ) -> None:
     """Play all rounds, one agent after the other.
 
@@ -185,9 +193,10 @@ def play(
         on_commit: Called with every record, in order.
         spent: Counts what the agents would have spent.
         stop: Asked after every record; True ends the simulation.
+        privacy: What the agents do to their replies; its noise differs every time.
     """
     replica = rounds.replica
-    forward = Forward(bundle, replica.weights)
+    forward: Forward | TorchForward | None = None
     pending: deque[Action] = deque(rounds.start(0.0))
     while pending:
         action = pending.popleft()
@@ -198,15 +207,19 @@ def play(
         elif isinstance(action, Announce) and not action.message.closing:
             opened, size = action.message, len(encode(action.message))
             digest = replica.digest()
+            forward = forward or forward_for(bundle, replica, opened.plan)
             for number in range(len(parts)):
                 if number in opened.cohort:
                     reply = _reply(forward, train, parts[number], opened, number, digest, rounds, spent)
+                    if privacy is not None:
+                        scalars = privatise(reply.scalars, privacy, os.urandom)
+                        reply = replace(reply, scalars=scalars, loss=0.0)
                     spent.bytes_down += size
                     pending.extend(rounds.on_reply(number, reply, 0.0))
 
 
 def _reply(
-    forward: Forward,
+    forward: "Forward | TorchForward",
     train: Samples,
     part: NDArray[np.int64],
     opened: RoundOpen,

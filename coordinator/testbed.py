@@ -27,6 +27,7 @@ from coordinator.local_fleet import local_fleet
 from coordinator.partition import partition
 from coordinator.plans import CHANGED, Plans
 from coordinator.pricing import price_of
+from coordinator.privacy import check_accountant
 from coordinator.progress import Observer, Standing
 from coordinator.rebuild import CHECKPOINT, resume_replica
 from coordinator.reference import Reference
@@ -52,6 +53,7 @@ __all__ = [
     "ledger_of",
     "make_bundle",
     "prepare",
+    "privacy_of",
     "read_samples",
     "rounds_of",
     "run_testbed",
@@ -152,6 +154,8 @@ def read_samples(experiment: Experiment) -> tuple[Samples, Samples]:
 
 
 def _prepare(experiment: Experiment, folder: Path, observer: Observer) -> None:
+    if experiment.privacy.noise:
+        check_accountant()
     observer.stage(f"reading {experiment.data.path}")
     train, _ = read_samples(experiment)
     agents = experiment.agents
@@ -216,7 +220,8 @@ def make_bundle(experiment: Experiment, folder: Path, train: Samples, observer: 
         f"{pruned.macs_dense:,} -> {pruned.macs:,} MACs a sample"
     )
     bundle = write_pruned(pruned, folder, cost=lambda graph: graph_cost(graph).as_dict())
-    if METHODS[experiment.method.name].head and experiment.method.exact and not bundle.head:
+    method = METHODS[experiment.method.name]
+    if method.head and not method.autodiff and experiment.method.exact and not bundle.head:
         raise ConfigError(
             f"`{experiment.method.name}` needs the last layer's gradient, and the last layer of "
             f"{pruned.model} is not linear",
@@ -235,6 +240,7 @@ def _predict(experiment: Experiment, bundle: Bundle, agent: AgentPlan, samples: 
         Cost.from_dict(bundle.cost, params=bundle.params),
         batch_size=experiment.method.batch_size,
         curvature_bytes_per_param=METHODS[experiment.method.name].bytes_per_weight,
+        autodiff=METHODS[experiment.method.name].autodiff,
         data_bytes=samples.x.nbytes + samples.y.nbytes,
         graph_bytes=bundle.graph_path.stat().st_size,
     )
@@ -310,7 +316,14 @@ def _terms(experiment: Experiment, plans: Plans) -> Terms:
         resend_s=fleet.resend_s,
         rule=fleet.aggregation,
         liars=fleet.liars,
+        private=experiment.privacy.clip > 0,
     )
+
+
+def privacy_of(experiment: Experiment) -> dict[str, float] | None:
+    """Return what the control message asks of agents for privacy's sake, None for nothing."""
+    privacy = experiment.privacy
+    return {"clip": privacy.clip, "noise": privacy.noise} if privacy.clip else None
 
 
 def _reference(experiment: Experiment, bundle: Bundle, replica: Replica) -> Reference | None:
@@ -422,6 +435,7 @@ def _train(
             rounds=rounds,
             agents=[agent.name for agent in experiment.agents],
             bundle_identity=bundle.identity,
+            privacy=privacy_of(experiment),
             checkpoint=out / CHECKPOINT,
             on_commit=on_commit,
             on_idle=on_idle,

@@ -16,19 +16,26 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.noise import NOISE_VERSION, NoiseKey
+from edge_agent.cohort import (
+    BATCH_BYTES,
+    Cohort,
+    decode_batches,
+    decode_uncounted,
+    encode_batches,
+    encode_uncounted,
+)
 from edge_agent.optimizer import METHODS, method_by_code
+from edge_agent.plan import RoundPlan
 from profiles.errors import WireError
 
 __all__ = [
     "LARGEST_SCALAR",
     "MAX_MESSAGE",
     "MAX_SCALARS",
+    "MAX_SHARES",
     "WIRE_VERSION",
-    "Cohort",
     "Reply",
     "RoundOpen",
-    "RoundPlan",
     "RoundRecord",
     "Slice",
     "SliceRequest",
@@ -47,6 +54,9 @@ MAX_MESSAGE = 1 << 20
 MAX_SCALARS = 0xFFFF
 """No round asks for more: a reply counts its scalars with 16 bits."""
 
+MAX_SHARES = 255
+"""No plan deals the agents into more shares."""
+
 LARGEST_SCALAR = 1e9
 """A projected gradient or loss beyond this is no estimate of anything."""
 
@@ -54,7 +64,6 @@ _PLAN = struct.Struct("<IQBBBBHHff")
 _RECORD = struct.Struct("<HBQ")
 _OPEN = struct.Struct("<BBHHHBBIH")
 _COUNT = struct.Struct("<H")
-_BATCH = struct.Struct("<IH")
 _REPLY = struct.Struct("<BBHIHHIfIQ")
 _SLICE = struct.Struct("<BBHIH")
 _REQUEST = struct.Struct("<BBHI")
@@ -62,54 +71,6 @@ _REQUEST = struct.Struct("<BBHI")
 _SNAPSHOT = struct.Struct("<BBH")
 
 _KIND_OPEN, _KIND_REPLY, _KIND_SLICE, _KIND_REQUEST, _KIND_SNAPSHOT = 1, 2, 3, 4, 5
-
-
-def _single(value: float) -> float:
-    """Return the float32 nearest to ``value`` as a Python float."""
-    return float(np.float32(value))
-
-
-@dataclass(frozen=True)
-class RoundPlan:
-    """What a round asks for, and all that its replay needs beside the scalars.
-
-    Attributes:
-        round: Number of the round, from 0.
-        seed: Noise seed, 64 bits.
-        method: Code of the method; see :data:`edge_agent.optimizer.METHODS`.
-        steps: Local steps K, 1 to 255.
-        perturbations: Perturbations a step P, 1 to 65535.
-        epsilon: Step of the finite difference, > 0.
-        learning_rate: Learning rate of this round, >= 0.
-        constants: The method's constants in its order.
-        exact: Exact scalars a step Q: coordinates of the last layer's gradient; 0 for none.
-        noise_version: Which bits the noise has.
-    """
-
-    round: int
-    seed: int
-    method: int
-    steps: int
-    perturbations: int
-    epsilon: float
-    learning_rate: float
-    constants: tuple[float, ...] = ()
-    exact: int = 0
-    noise_version: int = NOISE_VERSION
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "epsilon", _single(self.epsilon))
-        object.__setattr__(self, "learning_rate", _single(self.learning_rate))
-        object.__setattr__(self, "constants", tuple(_single(value) for value in self.constants))
-
-    @property
-    def scalars(self) -> int:
-        """Scalars of a local step: P projected gradients, then what else the plan asks."""
-        return self.perturbations + self.exact + method_by_code(self.method).losses
-
-    def keys(self, step: int) -> list[NoiseKey]:
-        """Return the noise keys of a local step's P perturbations."""
-        return [NoiseKey(self.seed, self.round, step, number) for number in range(self.perturbations)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,32 +96,6 @@ class RoundRecord:
 
     def __hash__(self) -> int:
         return hash(encode_record(self))
-
-
-@dataclass(frozen=True)
-class Cohort:
-    """The agents that a round asks, as a set of agent numbers; None means every agent."""
-
-    members: frozenset[int] | None = None
-
-    def __contains__(self, agent: int) -> bool:
-        return self.members is None or agent in self.members
-
-    def to_bytes(self) -> bytes:
-        """Return one bit an agent, lowest number first; nothing at all for everybody."""
-        if self.members is None:
-            return b""
-        bits = bytearray(max(self.members, default=0) // 8 + 1)
-        for member in self.members:
-            bits[member // 8] |= 1 << member % 8
-        return bytes(bits)
-
-    @classmethod
-    def from_bytes(cls, bits: bytes) -> "Cohort":
-        """Return the cohort that :meth:`to_bytes` wrote."""
-        if not bits:
-            return cls()
-        return cls(frozenset(8 * i + j for i, byte in enumerate(bits) for j in range(8) if byte >> j & 1))
 
 
 @dataclass(frozen=True)
@@ -209,7 +144,7 @@ class Reply:
         loss: Mean loss over the samples and forwards, or NaN if the estimate failed.
         peak_kib: Largest resident size of the agent's process so far.
         digest: Of the agent's replica before the round.
-        scalars: Float32 of shape (K * ``plan.scalars``,), step by step; empty if it failed.
+        scalars: Float32 of shape (K * ``plan.reply_scalars``,), step by step; empty if it failed.
     """
 
     epoch: int
@@ -269,7 +204,7 @@ def encode(message: RoundOpen | Reply | Slice | SliceRequest | Snapshot) -> byte
             message.deadline_ms,
             len(cohort),
         )
-        more = _encode_batches(message.batches) + _encode_uncounted(message.uncounted)
+        more = encode_batches(message.batches) + encode_uncounted(message.uncounted)
         return (
             head + cohort + _encode_plan(message.plan) + more + b"".join(map(encode_record, message.records))
         )
@@ -393,12 +328,16 @@ def _read_plan(reader: _Reader) -> RoundPlan:
         raise WireError(f"method {method} has {len(rule.constants)} constants, the plan {count}")
     if exact and not rule.head:
         raise WireError(f"method {method} has no exact scalars, the plan {exact}")
-    if not (steps and perturbations and steps * (perturbations + exact + rule.losses) <= MAX_SCALARS):
-        raise WireError(
-            f"a plan has 1 to {MAX_SCALARS} scalars, got {steps} times {perturbations} and {exact} exact ones"
-        )
     if not (0 < epsilon < np.inf and 0 <= rate < np.inf and all(np.isfinite(constants))):
         raise WireError(f"epsilon {epsilon}, learning rate {rate} or a constant {constants} is out of range")
+    shares = rule.named(tuple(constants)).get("shares", 1.0)
+    if not 1 <= shares <= MAX_SHARES:
+        raise WireError(f"{shares} shares are out of range")
+    projected = int(shares) * int(perturbations)
+    if not (steps and perturbations and steps * (projected + exact + rule.losses) <= MAX_SCALARS):
+        raise WireError(
+            f"a plan has 1 to {MAX_SCALARS} scalars, got {steps} times {projected} and {exact} exact ones"
+        )
     return RoundPlan(
         round=int(round_),
         seed=int(seed),
@@ -444,8 +383,12 @@ def _decode_open(reader: _Reader) -> RoundOpen:
     plan = _read_plan(reader)
     if int(flags) > 15 or batch < 1:
         raise WireError(f"flags {flags} or batch size {batch} is out of range")
-    batches = _read_batches(reader, int(batch)) if int(flags) & 4 else {}
-    uncounted = _read_uncounted(reader) if int(flags) & 8 else frozenset()
+    batches: dict[int, int] = {}
+    uncounted: frozenset[int] = frozenset()
+    if int(flags) & 4:
+        batches = decode_batches(_take_counted(reader, BATCH_BYTES), int(batch))
+    if int(flags) & 8:
+        uncounted = decode_uncounted(_take_counted(reader, 1))
     records = _read_records(reader, int(count), plan.round - int(count))
     return RoundOpen(
         plan=plan,
@@ -462,31 +405,10 @@ def _decode_open(reader: _Reader) -> RoundOpen:
     )
 
 
-def _encode_batches(batches: Mapping[int, int]) -> bytes:
-    rows = b"".join(_BATCH.pack(agent, batches[agent]) for agent in sorted(batches))
-    return _COUNT.pack(len(batches)) + rows if batches else b""
-
-
-def _read_batches(reader: _Reader, most: int) -> dict[int, int]:
+def _take_counted(reader: _Reader, size: int) -> bytes:
+    """Return as many times ``size`` bytes as the next 16 bits count."""
     (count,) = reader.unpack(_COUNT)
-    rows = [reader.unpack(_BATCH) for _ in range(int(count))]
-    agents = [int(agent) for agent, _ in rows]
-    if not rows or agents != sorted(set(agents)) or not all(1 <= batch < most for _, batch in rows):
-        raise WireError("smaller batches must be of ascending agents and smaller than the round's")
-    return {int(agent): int(batch) for agent, batch in rows}
-
-
-def _encode_uncounted(agents: frozenset[int]) -> bytes:
-    bits = Cohort(agents).to_bytes() if agents else b""
-    return _COUNT.pack(len(bits)) + bits if bits else b""
-
-
-def _read_uncounted(reader: _Reader) -> frozenset[int]:
-    (size,) = reader.unpack(_COUNT)
-    members = Cohort.from_bytes(reader.take(int(size))).members
-    if not members:
-        raise WireError("a set of replies that did not count must not be empty")
-    return members
+    return reader.take(int(count) * size)
 
 
 def _decode_reply(reader: _Reader) -> Reply:

@@ -25,6 +25,7 @@ from coordinator.cli import (
     simulate,
     swarm,
     testbed,
+    update,
 )
 from profiles.errors import ScalarfedError
 
@@ -45,6 +46,7 @@ app = typer.Typer(
 app.add_typer(testbed.app, name="testbed")
 app.add_typer(flash.app, name="flash")
 app.add_typer(devices.app, name="devices")
+app.command(name="update", epilog=update.EXAMPLE)(update.update)
 devices.app.command(name="certificates")(enrol.certificates)
 devices.app.command(name="revoke", epilog=enrol.REVOKE_EXAMPLE)(enrol.revoke)
 app.command(name="serve", epilog=serve.EXAMPLE)(serve.serve)
