@@ -21,8 +21,11 @@ TRAFFIC = ("payload_up", "payload_down", "packet_up", "packet_down", "messages_u
 """What an agent counts of its link."""
 
 _LARGEST = 2**63 - 1
-_TEXTS = ("name", "version", "profile", "digest", "enforcement", "text", "last_words")
-_WHOLES = ("pid", "epoch", "round", "samples", "estimates", "forwards", "starts")
+_TEXTS = (
+    *("name", "version", "profile", "digest", "enforcement", "text", "last_words"),
+    *("machine", "python", "release", "update", "update_state"),
+)
+_WHOLES = ("pid", "epoch", "round", "samples", "estimates", "forwards", "starts", "update_number")
 _COUNTS = ("flops", "counted", "uncounted")
 _NUMBERS = ("rss_mib", "peak_rss_mib", "pss_mib", "budget_mib", "temperature_c", "battery_percent")
 _TELEMETRY = (

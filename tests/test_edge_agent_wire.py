@@ -7,11 +7,11 @@ import pytest
 
 from edge_agent.cohort import Cohort
 from edge_agent.optimizer import METHODS
+from edge_agent.plan import RoundPlan
 from edge_agent.wire import (
     MAX_MESSAGE,
     Reply,
     RoundOpen,
-    RoundPlan,
     RoundRecord,
     Slice,
     SliceRequest,
