@@ -1,7 +1,7 @@
 """Rounds, forwards and bytes to an accuracy: every method tuned with the same budget, on paired seeds.
 
-    python benchmarks/convergence.py digits --out benchmarks/results/convergence-digits.json
-    python benchmarks/convergence.py mnist --data mnist.npz
+    python -m benchmarks.convergence digits --out benchmarks/results/convergence-digits.json
+    python -m benchmarks.convergence mnist --data mnist.npz
 
 For every method the same number of settings is tried on one seed and judged on a fifth of the training
 samples that no agent has. The setting that reaches the task's target first (or ends best, if none does)

@@ -253,16 +253,16 @@ def _candidates(
     loss: Callable[[], float],
     losses: list[float],
 ) -> list[np.float32]:
-    """Return the losses at w - d, w and w + d for the step d that the agent's own scalars ask for."""
+    """Return the losses after each candidate: a multiple of the step that the agent's own scalars ask for."""
     found: list[np.float32] = []
-    for direction in (1, 0, -1):
-        rate = direction * plan.learning_rate
-        if direction:
+    for multiple in method_by_code(plan.method).candidates:
+        rate = multiple * _private_rate(replica, plan, scalars[0])
+        if multiple:
             _move(replica, plan, scalars[0], 0, rate, direction=1)
         try:
             losses.append(loss())
         finally:
-            if direction:
+            if multiple:
                 _move(replica, plan, scalars[0], 0, rate, direction=-1)
         if not math.isfinite(losses[-1]):
             raise EstimateError(f"a loss is {losses[-1]}; a choice needs finite losses")

@@ -25,7 +25,8 @@ class Method:
         directions: What a perturbation moves: all weights ("full"), one tensor after the other ("block"),
             a fixed share of them ("sparse"), or the layers of the agent's share ("layers").
         rule: What the scalars do: "descent" along the directions, by their "sign", with "momentum", by
-            "adam", or "conservative" (there, back or nowhere, by the mean loss).
+            "adam", or a "choice" among multiples of the step by the mean loss at each.
+        candidates: The multiples that a choice is made of.
         head: Of how many last linear layers a plan may ask exact scalars: of none, 1 or 2.
         fresh: Whether every perturbation is measured on a batch of its own (central differences only).
         scheduled: Constants that follow the schedule of the learning rate.
@@ -44,11 +45,12 @@ class Method:
     fresh: bool = False
     scheduled: tuple[str, ...] = ()
     autodiff: str = ""
+    candidates: tuple[float, ...] = ()
 
     @property
     def losses(self) -> int:
         """Mean losses that a step sends beside its other scalars."""
-        return 3 if self.rule == "conservative" else 0
+        return len(self.candidates)
 
     @property
     def moments(self) -> int:
@@ -63,7 +65,7 @@ class Method:
     @property
     def stateful_steps(self) -> bool:
         """Whether a step needs more than this round's scalars, so that there can be one a round only."""
-        return self.rule in ("momentum", "adam", "conservative")
+        return self.rule in ("momentum", "adam", "choice")
 
     def values(self, given: Mapping[str, float]) -> tuple[float, ...]:
         """Return the constants in a record's order, the given ones over the defaults."""
@@ -150,7 +152,8 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 11,
                 MappingProxyType({}),
                 "the best by mean loss of w - eta/P sum G z, w and w + eta/P sum G z (arXiv 2402.11592)",
-                rule="conservative",
+                rule="choice",
+                candidates=(1.0, 0.0, -1.0),
             ),
             Method(
                 "zo-block",
@@ -199,6 +202,21 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 head=1,
                 fresh=True,
                 scheduled=("head_rate",),
+            ),
+            Method(
+                "zo-search",
+                19,
+                MappingProxyType({"smoothing": 0.0}),
+                "the best by mean loss of a quarter, one and four times the step eta/P sum G z, or none",
+                rule="choice",
+                candidates=(1.0, 0.0, 0.25, 4.0),
+            ),
+            Method(
+                "zo-orthogonal",
+                20,
+                MappingProxyType({"smoothing": 0.0}),
+                "the gradient's projection on the span of a round's directions, by their exact Gram matrix",
+                rule="orthogonal",
             ),
             Method(
                 "deepstep",

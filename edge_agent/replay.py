@@ -33,6 +33,7 @@ from edge_agent.moments import Clock, descend, follow
 from edge_agent.native.kernel import Learning, find_kernel
 from edge_agent.noise import NOISE_VERSION, NoiseKey, hash_words, mix64
 from edge_agent.optimizer import Method, Normaliser, method_by_code
+from edge_agent.orthogonal import orthogonal
 from edge_agent.plan import RoundPlan
 from edge_agent.wire import RoundRecord
 from profiles.errors import DigestError, LogError
@@ -227,7 +228,10 @@ def _update(replica: Replica, record: RoundRecord) -> None:
         if not numbers:
             continue
         keys = [[of_step[number] for number in numbers] for of_step in of_steps]
-        parts = [whole_scalars(_directed(method, plan, scalars)[numbers]) for scalars in record.scalars]
+        parts = [
+            whole_scalars(_directed(method, plan, scalars, plan.keys(step), replica.weights.size)[numbers])
+            for step, scalars in enumerate(record.scalars)
+        ]
         wholes = np.stack([whole for whole, _ in parts])
         if method.moments:
             _remember(replica, segments, keys[0], parts[0], rate, constants)
@@ -254,16 +258,19 @@ def _answered(record: RoundRecord) -> Sequence[int]:
     ]
 
 
-def _directed(method: Method, plan: RoundPlan, scalars: NDArray[np.float32]) -> NDArray[np.float32]:
+def _directed(
+    method: Method, plan: RoundPlan, scalars: NDArray[np.float32], keys: Sequence[NoiseKey], size: int
+) -> NDArray[np.float32]:
     """Return the factors of a step's directions: its projected gradients, or what the rule makes of them."""
     projected = scalars[: plan.projected]
     if method.rule == "sign":
         return np.sign(projected)
-    if method.rule == "conservative":
-        there, here, back = (float(loss) for loss in scalars[-3:])
-        if here <= there and here <= back:
-            return np.zeros_like(projected)
-        return projected if there <= back else -projected
+    if method.rule == "choice":
+        losses = [float(loss) for loss in scalars[-method.losses :]]
+        best = min(range(len(losses)), key=lambda number: (losses[number], abs(method.candidates[number])))
+        return projected * np.float32(method.candidates[best])
+    if method.rule == "orthogonal":
+        return orthogonal(projected, keys, size)
     return projected
 
 

@@ -9,6 +9,7 @@ from edge_agent.estimator import estimate
 from edge_agent.grid import plan_segments, snap
 from edge_agent.noise import values
 from edge_agent.optimizer import METHODS, method_by_code
+from edge_agent.orthogonal import orthogonal
 from edge_agent.plan import RoundPlan
 from edge_agent.replay import Replica, apply_record
 from edge_agent.state import load_replica, save_replica
@@ -69,6 +70,14 @@ class Reference:
             m, v = self.m / (1 - c["beta1"] ** self.t), self.v / (1 - c["beta2"] ** self.t)
             self.w -= RATE * m / (np.sqrt(v) + c["stabiliser"])
             self.average = c.get("average", 0) * self.average + (1 - c.get("average", 0)) * self.w
+        elif method == "zo-search":
+            losses = g[-4:]  # none wins a tie
+            order = [1, 2, 0, 3]
+            choice = min(order, key=lambda n: (losses[n], order.index(n)))
+            self.w -= RATE * (1, 0, 0.25, 4)[choice] * mean
+        elif method == "zo-orthogonal":
+            # The least vector whose slopes along all z are g: the gradient's projection on their span.
+            self.w -= RATE * SIZE / len(z) * np.linalg.lstsq(z, g[: len(z)], rcond=None)[0]
         elif method == "zo-conservative":
             choice = int(np.argmin([g[-2], g[-3], g[-1]]))  # here wins a tie
             self.w -= RATE * (0, 1, -1)[choice] * mean
@@ -86,7 +95,7 @@ class Reference:
     "method",
     [
         *("mezo", "fedmezo", "zo-sgd", "forward-gradient", "zo-sign", "zo-momentum", "zo-adam", "baffle"),
-        *("zo-conservative", "zo-block"),
+        *("zo-conservative", "zo-block", "zo-search", "zo-orthogonal"),
     ],
 )
 def test_replay_agrees_with_the_published_rule(method):
@@ -301,3 +310,45 @@ def test_hiso_leads_at_an_equal_small_rate_and_not_at_tuned_rates():
     assert tuned is not None
     assert normalised is not None
     assert tuned < normalised < hiso
+
+
+def test_orthogonal_scalars_are_the_projection_of_the_gradient():
+    """Along every direction the stretched step has the slope that was measured, whatever the others do."""
+    asked = plan("zo-orthogonal", perturbations=7)
+    gradient = np.random.default_rng(1).normal(size=SIZE)
+    z = directions(asked)
+    factors = orthogonal((z @ gradient).astype(np.float32), asked.keys(0), SIZE).astype(np.float64)
+
+    assert np.allclose(z @ (factors @ z) / SIZE, z @ gradient, rtol=1e-4, atol=1e-3)
+    assert not np.allclose(factors, z @ gradient, rtol=1e-2)
+
+
+def test_directions_that_depend_on_each_other_are_left_as_they_are():
+    """With more directions than weights there is no projection, and the scalars stand."""
+    keys = plan("zo-orthogonal", perturbations=7).keys(0)
+    scalars = np.arange(7, dtype=np.float32)
+    assert np.array_equal(orthogonal(scalars, keys, 5), scalars)
+
+
+def test_a_line_search_measures_and_takes_the_best_multiple():
+    """On a narrow valley a quarter of a far too long step is best; the record says so and replay follows."""
+    here = replica()
+    start = here.weights.astype(np.float64)
+    slope = np.random.default_rng(1).normal(size=SIZE)
+    asked = plan("zo-search")
+
+    def loss() -> float:
+        moved = here.weights.astype(np.float64) - start
+        return float(slope @ moved + 0.65 * moved @ moved)
+
+    made = estimate(here, asked, lambda batch: loss, central=True)
+    losses = made.scalars[0, 5:]
+    before = here.weights.copy()
+    plain = replica()
+    apply_record(here, record(asked, made.scalars), check=False)
+    apply_record(plain, record(plan("zo-sgd"), made.scalars[0, :5]), check=False)
+    best = (1.0, 0.0, 0.25, 4.0)[int(np.argmin(losses))]
+
+    assert made.forwards == 10 + 4
+    assert best == 0.25
+    assert np.abs((here.weights - before) - best * (plain.weights - before)).max() < 2e-6
