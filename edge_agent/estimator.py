@@ -168,7 +168,9 @@ class _Meter:
         """Return the P projected gradients of a step; the replica ends as it was."""
         plan = self._plan
         scalars: list[np.float32] = []
-        here = 0.0 if central else self._evaluate(0)
+        reuse = method_by_code(plan.method).reuse
+        here = 0.0 if central or reuse else self._evaluate(0)
+        there: list[float] = []  # the losses on the far side, where they serve as each other's base
         displace: dict[int, Callable[[Sequence[Term]], None]] = {}
         for numbers, reached in _reached(self._replica, plan, self._share):
             displace |= dict.fromkeys(numbers, self._displacer(reached))
@@ -181,7 +183,9 @@ class _Meter:
                 displace[number]([*last, Term(key, 1)])  # back and there in one pass
                 last = [Term(key, -1)]
                 plus = self._evaluate(number)
-                if central:
+                if reuse:
+                    there.append(plus)
+                elif central:
                     displace[number]([Term(key, -2)])
                     last = [Term(key, 1)]
                     scalars.append(two_point(plus, self._evaluate(number), plan.epsilon))
@@ -189,8 +193,8 @@ class _Meter:
                     scalars.append(one_sided(plus, here, plan.epsilon))
         finally:
             if last:
-                displace[min(len(scalars), plan.perturbations - 1)](last)
-        return scalars
+                displace[min(len(scalars) + len(there), plan.perturbations - 1)](last)
+        return [one_sided(loss, _mean_of_others(there, loss), plan.epsilon) for loss in there] or scalars
 
     def slopes(self, step: int, slope: Slope) -> list[np.float32]:
         """Return the P slopes of a step's batch along its directions; the replica is only read."""
@@ -313,6 +317,11 @@ def _move(
     if plan.exact:
         exact = scalars[plan.perturbations : plan.perturbations + plan.exact]
         move_head(replica, plan, exact, step=step, limit=limit, direction=direction, bounded=False)
+
+
+def _mean_of_others(losses: Sequence[float], own: float) -> float:
+    """Return the mean of all losses but one: a base that does not depend on that one's direction."""
+    return (math.fsum(losses) - own) / (len(losses) - 1)
 
 
 def _quotient(loss: float, other: float, distance: float) -> np.float32:

@@ -27,6 +27,7 @@ class Method:
         rule: What the scalars do: "descent" along the directions, by their "sign", with "momentum", by
             "adam", or a "choice" among multiples of the step by the mean loss at each.
         candidates: The multiples that a choice is made of.
+        reuse: Whether a step's losses at w + epsilon z serve as each other's base: P forwards, one batch.
         head: Of how many last linear layers a plan may ask exact scalars: of none, 1 or 2.
         fresh: Whether every perturbation is measured on a batch of its own (central differences only).
         scheduled: Constants that follow the schedule of the learning rate.
@@ -46,6 +47,7 @@ class Method:
     scheduled: tuple[str, ...] = ()
     autodiff: str = ""
     candidates: tuple[float, ...] = ()
+    reuse: bool = False
 
     @property
     def losses(self) -> int:
@@ -210,6 +212,13 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 "the best by mean loss of a quarter, one and four times the step eta/P sum G z, or none",
                 rule="choice",
                 candidates=(1.0, 0.0, 0.25, 4.0),
+            ),
+            Method(
+                "zo-reuse",
+                21,
+                MappingProxyType({"smoothing": 0.0}),
+                "w -= eta/P sum G z, each of P losses at w + epsilon z less the mean of the others",
+                reuse=True,
             ),
             Method(
                 "zo-orthogonal",

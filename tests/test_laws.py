@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from coordinator.aggregation import aggregate_shares
 from edge_agent.bundle import flat_layout
 from edge_agent.estimator import estimate
 from edge_agent.grid import plan_segments, snap
@@ -12,7 +13,7 @@ from edge_agent.noise import NoiseKey, hash_words, values
 from edge_agent.optimizer import METHODS
 from edge_agent.plan import RoundPlan
 from edge_agent.replay import Replica, apply_record, apply_records
-from edge_agent.wire import RoundRecord, decode_record, encode_record
+from edge_agent.wire import Reply, RoundRecord, decode_record, encode_record
 from profiles.errors import DigestError, EstimateError
 
 TENSORS, SIZE = flat_layout([("first", (3000, 11)), ("bias", (7,)), ("last", (10, 5))])
@@ -31,12 +32,13 @@ def replica(seed: int = 0, largest: float = 0.4) -> Replica:
     assert len(segments) > 1
     snap(weights, segments)
     spans = tuple((tensor.offset, tensor.offset + tensor.size) for tensor in TENSORS)
-    return Replica(weights, segments, tensors=spans, head=spans[-1:])
+    layers = (spans[:2], spans[2:])
+    return Replica(weights, segments, tensors=spans, head=spans[-1:], layers=layers)
 
 
 def plan(method: str, round_: int, *, steps: int = 1) -> RoundPlan:
     """Return a plan with the method's defaults, and the scalars' RMS taken into account."""
-    constants = METHODS[method].values({"smoothing": 0.9})
+    constants = METHODS[method].values({"smoothing": 0.9, "layers": 1})
     exact = 7 if METHODS[method].head else 0
     return RoundPlan(round_, 77, METHODS[method].code, steps, 6, 1e-3, 0.02, constants, exact)
 
@@ -57,17 +59,26 @@ def head_gradient(one: Replica):
 
 
 def train(method: str, rounds: int, *, steps: int = 1) -> tuple[Replica, list[RoundRecord]]:
-    """Return a replica after some rounds of one agent, and the records that led there."""
+    """Return a replica after some rounds of one agent a share, and the records that led there."""
     one, records = replica(), []
     for round_ in range(rounds):
         asked = plan(method, round_, steps=steps)
         one.prepare(asked.method)
-        made = estimate(
-            one, asked, lambda batch: curved_loss(one), central=True, head_gradient=head_gradient(one)
-        )
-        record = RoundRecord(asked, 1, False, made.scalars, 0)
+        replies = {}
+        for agent in range(asked.shares):
+            made = estimate(
+                one,
+                asked,
+                lambda batch: curved_loss(one),
+                central=True,
+                share=asked.share_of(agent),
+                head_gradient=head_gradient(one),
+            )
+            replies[agent] = Reply(1, round_, 0, 8, 1.0, 0, 0, made.scalars.reshape(-1))
+        scalars = aggregate_shares(replies, asked).reshape(steps, -1)
+        record = RoundRecord(asked, 1, False, scalars, 0)
         apply_record(one, record, check=False)
-        records.append(RoundRecord(asked, 1, False, made.scalars, one.digest()))
+        records.append(RoundRecord(asked, 1, False, scalars, one.digest()))
     return one, records
 
 
@@ -117,8 +128,9 @@ def test_an_estimate_leaves_no_trace(method, steps, central):
         one, plan(method, 3, steps=steps), loss_of_step, central=central, head_gradient=head_gradient(one)
     )
 
-    extra = METHODS[method].losses
-    assert made.forwards == len(seen) == steps * ((12 if central else 7) + extra)
+    rule = METHODS[method]
+    forwards = 6 if rule.reuse else 12 if central else 7
+    assert made.forwards == len(seen) == steps * (forwards + rule.losses)
     assert any(not np.array_equal(weights, before) for weights in seen)
     assert one.weights.tobytes() == before.tobytes()
     assert one.curvature is curvature

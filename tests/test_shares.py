@@ -140,6 +140,7 @@ def test_a_plan_with_impossible_shares_is_refused(shares):
         (["method.name=fanstep", "method.shares=0"], "at least 1"),
         (["method.name=fanstep", "method.shares=200", "method.perturbations=500"], "scalars a step"),
         (["method.name=hybrid", "method.layers=0"], "at least 1"),
+        (["method.name=zo-reuse", "method.perturbations=1"], "2 or more"),
     ],
 )
 def test_shares_that_cannot_work_are_refused(settings, words):
