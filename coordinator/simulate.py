@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from coordinator.actions import Action, Announce, Commit
 from coordinator.config import dump
 from coordinator.experiment import Experiment
 from coordinator.health import Health
 from coordinator.partition import partition
 from coordinator.progress import Observer, Standing
-from coordinator.rounds import Action, Announce, Commit, Rounds
+from coordinator.rounds import Rounds
 from coordinator.scalar_log import ScalarLog
 from coordinator.testbed import Evaluator, make_bundle, read_samples, rounds_of
 from edge_agent.bundle import Bundle
