@@ -236,12 +236,6 @@ def _check_together(experiment: Experiment, faults: Faults) -> None:
         _check_method(experiment.method, faults)
     if faults.clear("privacy", "fleet", "method", "devices") and experiment.privacy.masks != "none":
         _check_masks(experiment, faults)
-    if faults.clear("privacy") and experiment.privacy.noise and not experiment.privacy.clip:
-        faults.refuse(
-            "privacy.noise",
-            experiment.privacy.noise,
-            "is counted in clips, and `privacy.clip` is 0. Set it to a length that most replies have.",
-        )
     if faults.clear("method", "fleet.aggregation"):
         shares = experiment.method.constants.get("shares", 1.0)
         if shares > 1 and fleet.aggregation != "mean":
@@ -251,6 +245,12 @@ def _check_together(experiment: Experiment, faults: Faults) -> None:
                 f"compares agents that measured the same; with `method.shares` = {shares:g} they do not. "
                 'Set it to "mean", or `method.shares` to 1.',
             )
+    if faults.clear("privacy") and experiment.privacy.noise and not experiment.privacy.clip:
+        faults.refuse(
+            "privacy.noise",
+            experiment.privacy.noise,
+            "is counted in clips, and `privacy.clip` is 0. Set it to a length that most replies have.",
+        )
     if faults.clear("fleet.deadline_s", "fleet.resend_s") and fleet.resend_s > fleet.deadline_s:
         faults.refuse(
             "fleet.resend_s",

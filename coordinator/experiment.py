@@ -197,6 +197,8 @@ class BrokerChoice:
     Attributes:
         url: A running broker; empty to start one.
         port: Port of the broker that is started; 0 for any free one.
+        listen: Address on which it is started; the loopback keeps it to this machine.
+        security: ``auto`` is on beyond the loopback; ``insecure`` does without where ``auto`` would not.
     """
 
     url: Annotated[
@@ -207,6 +209,10 @@ class BrokerChoice:
         ),
     ] = ""
     port: Annotated[int, Whole(0, 65535)] = 0
+    listen: Annotated[str, Text(pattern=r"[0-9A-Za-z.:_-]+", rule="must be an address or a host name")] = (
+        "127.0.0.1"
+    )
+    security: Annotated[str, Choice(("auto", "on", "insecure"))] = "auto"
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from coordinator.actions import Action, Announce, Commit, Late, Note, Terms, Uncover
 from coordinator.aggregation import aggregate_shares, mean_loss, tolerated
-from coordinator.attendance import Attendance
+from coordinator.attendance import SILENT_ROUNDS, Attendance
 from coordinator.ledger import Ledger, Work
 from coordinator.outliers import Outliers
 from edge_agent.cohort import Cohort
@@ -186,6 +186,17 @@ class Rounds:
         if self.attendance.readmit(agent, hello=hello, round_=self.replica.round):
             return [Note("readmitted", agent, "the agent spoke again")]
         return []
+
+    def shut_out(self, agent: int, now: float) -> list[Action]:
+        """Take an agent out at once: what it said in the open round does not count, nobody waits for it."""
+        self.attendance.members[agent].silent = SILENT_ROUNDS
+        self._set_presence(agent, online=False)
+        opened = self._open
+        if opened is not None and agent in opened.members and len(opened.members) > 1:
+            opened.members, opened.waiting = opened.members - {agent}, opened.waiting - {agent}
+            opened.answered.pop(agent, None)
+            opened.counted.pop(agent, None)
+        return self._close_if_over(now)
 
     def on_reply(self, agent: int, reply: Reply, now: float) -> list[Action]:
         """Take in a reply; whatever does not belong to the open round is counted and dropped."""

@@ -21,6 +21,7 @@ from coordinator.cli import (
     prune,
     replay,
     report,
+    serve,
     simulate,
     swarm,
     testbed,
@@ -46,8 +47,9 @@ app.add_typer(testbed.app, name="testbed")
 app.add_typer(flash.app, name="flash")
 app.add_typer(devices.app, name="devices")
 app.command(name="update", epilog=update.EXAMPLE)(update.update)
-devices.app.command(name="certificates")(enrol.certificates)
+devices.app.command(name="certificates", epilog=enrol.LIST_EXAMPLE)(enrol.certificates)
 devices.app.command(name="revoke", epilog=enrol.REVOKE_EXAMPLE)(enrol.revoke)
+app.command(name="serve", epilog=serve.EXAMPLE)(serve.serve)
 app.command(name="enrol", epilog=enrol.EXAMPLE)(enrol.enrol)
 app.command(name="ctl", epilog=ctl.EXAMPLE)(ctl.ctl)
 app.command(name="doctor", epilog=doctor.EXAMPLE)(doctor.doctor)
