@@ -75,6 +75,7 @@ def serve_run(
             rounds=rounds,
             agents=[agent.name for agent in experiment.agents],
             bundle_identity=bundle.identity,
+            masked=experiment.privacy.masks != "none",
             privacy=privacy_of(experiment),
             checkpoint=run / CHECKPOINT,
             on_commit=on_commit,

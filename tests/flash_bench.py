@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
+from coordinator.actions import Terms
 from coordinator.broker import find_mosquitto, start_amqtt, start_mosquitto
 from coordinator.flash.payload import REQUIREMENTS, Payload, Target, make_payload
 from coordinator.flash.settings import Credentials, Settings
-from coordinator.rounds import Rounds, Terms
+from coordinator.rounds import Rounds
 from coordinator.scalar_log import ScalarLog
 from coordinator.service import Service
 from edge_agent.bundle import read_bundle

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from coordinator.actions import Terms
 from coordinator.broker import start_mosquitto
 from coordinator.cli import main
 from coordinator.config import load_experiment
@@ -22,7 +23,7 @@ from coordinator.flash.card import FOLDER
 from coordinator.flash.volume import boot_volume_of_image
 from coordinator.plans import plan_of
 from coordinator.progress import LineProgress
-from coordinator.rounds import Rounds, Terms
+from coordinator.rounds import Rounds
 from coordinator.scalar_log import ScalarLog
 from coordinator.service import Service
 from coordinator.testbed import prepare
