@@ -382,8 +382,10 @@ def _cut(link: MqttLink) -> None:
 def test_anothers_client_id_puts_nobody_out(fleet):
     """A device that connects with another's client id, or the coordinator's, ends no other connection."""
     two = fleet.device("pi-2", client_id="run-pi-2")
-    for stolen in ("run-pi-2", "pi-2", "run-coordinator", COORDINATOR):
+    for stolen in ("run-pi-2", "pi-2", "run-coordinator", COORDINATOR, f"{COORDINATOR}:run"):
         fleet.device("pi-1", client_id=stolen)
+    fleet.device("run-coordinator")
+    assert fleet.coordinator.receive(0.5) is None
     two.publish(T.status("pi-2"), b"still here")
     flushed(two)
 
