@@ -11,9 +11,10 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_agent.plan import RoundPlan
 from edge_agent.wire import Reply
 
-__all__ = ["RULES", "aggregate", "mean_loss", "tolerated"]
+__all__ = ["RULES", "aggregate", "aggregate_shares", "mean_loss", "tolerated"]
 
 _Matrix = NDArray[np.float64]
 
@@ -35,6 +36,33 @@ def aggregate(replies: Mapping[int, Reply], *, rule: str = "mean", liars: float 
     rows = np.stack([replies[number].scalars for number in order]).astype(np.float64)
     samples = np.array([replies[number].samples for number in order], np.float64)
     return RULES[rule](rows, samples, tolerated(len(order), liars)).astype(np.float32)
+
+
+def aggregate_shares(
+    replies: Mapping[int, Reply], plan: RoundPlan, *, rule: str = "mean", liars: float = 0.2
+) -> NDArray[np.float32]:
+    """Return a record's scalars: as :func:`aggregate`, the projected gradients share by share.
+
+    Args:
+        replies: By agent number; at least one, none failed.
+        plan: Of the round; deals the agents into shares. A share without a reply stays zero.
+        rule: As for :func:`aggregate`.
+        liars: As for :func:`aggregate`.
+
+    Returns:
+        Float32 of shape (K * ``plan.scalars``,).
+    """
+    every = aggregate(replies, rule=rule, liars=liars)
+    if plan.shares == 1:
+        return every
+    record = np.zeros((plan.steps, plan.scalars), np.float32)
+    record[:, plan.projected :] = every.reshape(plan.steps, -1)[:, plan.perturbations :]
+    for share in range(plan.shares):
+        own = {number: reply for number, reply in replies.items() if plan.share_of(number) == share}
+        if own:
+            found = aggregate(own, rule=rule, liars=liars).reshape(plan.steps, -1)
+            record[:, plan.numbers(share)] = found[:, : plan.perturbations]
+    return record.reshape(-1)
 
 
 def tolerated(agents: int, liars: float) -> int:

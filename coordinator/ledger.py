@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from edge_agent.wire import RoundPlan
+from edge_agent.plan import RoundPlan
 from profiles.budget import Budget
 
 __all__ = ["Account", "Fitting", "Ledger", "Price", "Work"]

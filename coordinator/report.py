@@ -52,6 +52,7 @@ def write_report(run: Path) -> Path:
         flops=_flops(history.summary),
         widths=_widths(history.manifest),
         agents=history.agents[:_MOST_ROWS],
+        books=history.books[:_MOST_ROWS],
         facts=_facts(history),
         big=_big,
         when=lambda at: datetime.fromtimestamp(at, timezone.utc).strftime("%Y-%m-%d %H:%M:%S"),

@@ -12,12 +12,13 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from coordinator.aggregation import aggregate, mean_loss, tolerated
+from coordinator.aggregation import aggregate_shares, mean_loss, tolerated
 from coordinator.attendance import Attendance
 from coordinator.ledger import Ledger, Work
 from coordinator.outliers import Outliers
+from edge_agent.plan import RoundPlan
 from edge_agent.replay import Replica, apply_record
-from edge_agent.wire import Cohort, Reply, RoundOpen, RoundPlan, RoundRecord
+from edge_agent.wire import Cohort, Reply, RoundOpen, RoundRecord
 from profiles.errors import EstimateError
 
 __all__ = ["Action", "Announce", "Commit", "Late", "Note", "Rounds", "Terms"]
@@ -335,7 +336,7 @@ class Rounds:
             return "not asked"
         if agent in opened.answered:
             return "duplicate"
-        if not reply.failed and reply.scalars.size != plan.steps * plan.scalars:
+        if not reply.failed and reply.scalars.size != plan.steps * plan.reply_scalars:
             return "wrong number of scalars"
         if not 1 <= reply.samples <= opened.message.batch_of(agent):
             return "wrong number of samples"
@@ -362,11 +363,12 @@ class Rounds:
         plan = opened.message.plan
         skipped = len(counted) < max(1, self._needed(opened))
         shape = (plan.steps, plan.scalars)
-        changes = [] if skipped else self.outliers.observe(counted, self._classes(opened))
+        alike = plan.shares == 1  # agents of unlike shares measure unlike things
+        changes = self.outliers.observe(counted, self._classes(opened)) if alike and not skipped else []
         flat = np.zeros(plan.steps * plan.scalars, np.float32)
         trusted, liars = self._trusted(counted, opened.terms)
         if not skipped:
-            flat = aggregate(trusted, rule=opened.terms.rule, liars=liars)
+            flat = aggregate_shares(trusted, plan, rule=opened.terms.rule, liars=liars)
         record = RoundRecord(plan, self._epoch, skipped, flat.reshape(shape), digest=0)
         apply_record(self.replica, record, check=False)
         record = replace(record, digest=self.replica.digest())

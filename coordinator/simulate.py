@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,10 +28,13 @@ from coordinator.testbed import Evaluator, make_bundle, read_samples, rounds_of
 from edge_agent.bundle import Bundle
 from edge_agent.data import Samples
 from edge_agent.forward import Forward
-from edge_agent.measure import measure
+from edge_agent.measure import forward_for, measure
 from edge_agent.wire import Reply, RoundOpen, decode, encode
 from profiles.errors import ConfigError, EstimateError
 from profiles.memory import peak_rss_mib
+
+if TYPE_CHECKING:
+    from edge_agent.torch_forward import TorchForward
 
 __all__ = ["Spending", "deal", "play", "simulate", "with_agents"]
 
@@ -187,7 +190,7 @@ def play(
         stop: Asked after every record; True ends the simulation.
     """
     replica = rounds.replica
-    forward = Forward(bundle, replica.weights)
+    forward: Forward | TorchForward | None = None
     pending: deque[Action] = deque(rounds.start(0.0))
     while pending:
         action = pending.popleft()
@@ -198,6 +201,7 @@ def play(
         elif isinstance(action, Announce) and not action.message.closing:
             opened, size = action.message, len(encode(action.message))
             digest = replica.digest()
+            forward = forward or forward_for(bundle, replica, opened.plan)
             for number in range(len(parts)):
                 if number in opened.cohort:
                     reply = _reply(forward, train, parts[number], opened, number, digest, rounds, spent)
@@ -206,7 +210,7 @@ def play(
 
 
 def _reply(
-    forward: Forward,
+    forward: "Forward | TorchForward",
     train: Samples,
     part: NDArray[np.int64],
     opened: RoundOpen,

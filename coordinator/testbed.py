@@ -208,7 +208,8 @@ def make_bundle(experiment: Experiment, folder: Path, train: Samples, observer: 
         f"{pruned.macs_dense:,} -> {pruned.macs:,} MACs a sample"
     )
     bundle = write_pruned(pruned, folder, cost=lambda graph: graph_cost(graph).as_dict())
-    if METHODS[experiment.method.name].head and experiment.method.exact and not bundle.head:
+    method = METHODS[experiment.method.name]
+    if method.head and not method.autodiff and experiment.method.exact and not bundle.head:
         raise ConfigError(
             f"`{experiment.method.name}` needs the last layer's gradient, and the last layer of "
             f"{pruned.model} is not linear",
@@ -227,6 +228,7 @@ def _predict(experiment: Experiment, bundle: Bundle, agent: AgentPlan, samples: 
         Cost.from_dict(bundle.cost, params=bundle.params),
         batch_size=experiment.method.batch_size,
         curvature_bytes_per_param=METHODS[experiment.method.name].bytes_per_weight,
+        autodiff=METHODS[experiment.method.name].autodiff,
         data_bytes=samples.x.nbytes + samples.y.nbytes,
         graph_bytes=bundle.graph_path.stat().st_size,
     )

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edge_agent.admission import Renewal, admit
 from edge_agent.agent import Agent, Report
@@ -26,7 +26,7 @@ from edge_agent.footprint import give_back
 from edge_agent.forward import Forward
 from edge_agent.heartbeat import Heartbeat
 from edge_agent.link import Connected, Disconnected, Link, Message, MqttLink
-from edge_agent.measure import measure
+from edge_agent.measure import forward_for, measure
 from edge_agent.replay import Replica
 from edge_agent.seal import HearingLink
 from edge_agent.state import load_replica, read_replica, save_replica
@@ -36,6 +36,9 @@ from edge_agent.wire import Reply, RoundOpen, SliceRequest, encode
 from profiles.errors import ConfigError, ScalarfedError, StateError
 from profiles.limit import Enforcement, enforce
 from profiles.memory import current_rss_mib, peak_rss_mib, pss_mib
+
+if TYPE_CHECKING:
+    from edge_agent.torch_forward import TorchForward
 
 __all__ = ["main"]
 
@@ -155,7 +158,7 @@ class _Process:
             peak_kib=lambda: int(peak_rss_mib() * 1024),
             restore=self._restore,
         )
-        self.forward: Forward | None = None
+        self.forward: Forward | TorchForward | None = None
         self.forward_of: Replica | None = None
         self.saved_round = self.agent.replica.round
         self.saved_at = time.monotonic()
@@ -268,7 +271,7 @@ class _Process:
     def _estimate(self, replica: Replica, opened: RoundOpen, number: int) -> Estimate:
         if self.forward is None or self.forward_of is not replica:
             self.forward = None  # two sessions at once would be the peak of the agent's memory
-            self.forward = Forward(self.bundle, replica.weights, threads=self.options.threads)
+            self.forward = forward_for(self.bundle, replica, opened.plan, threads=self.options.threads)
             self.forward_of = replica
             give_back()
         made = measure(self.forward, self.samples, replica, opened, number, on_pass=self.heart.progress)

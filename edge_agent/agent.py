@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from edge_agent.estimator import Estimate
+from edge_agent.plan import RoundPlan
 from edge_agent.replay import Replica, apply_record
 from edge_agent.roster import number_in
-from edge_agent.wire import Reply, RoundOpen, RoundPlan, RoundRecord, SliceRequest, Snapshot, decode
+from edge_agent.wire import Reply, RoundOpen, RoundRecord, SliceRequest, Snapshot, decode
 from profiles.errors import DigestError, EstimateError, LogError, StateError, WireError
 
 __all__ = ["Agent", "Report"]

@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,14 @@ class Bundle:
             self.segments,
             tensors=tuple(spans.values()),
             head=tuple(spans[name] for name in self.head),
+            layers=tuple(tuple(spans[tensor.name] for tensor in layer) for layer in self.layers),
         )
+
+    @property
+    def layers(self) -> tuple[tuple[Tensor, ...], ...]:
+        """The tensors of each layer, in order: neighbours whose names differ after the last dot alone."""
+        named = groupby(self.tensors, key=lambda tensor: tensor.name.rpartition(".")[0])
+        return tuple(tuple(tensors) for _, tensors in named)
 
 
 def flat_layout(shapes: Sequence[tuple[str, tuple[int, ...]]]) -> tuple[list[Tensor], int]:

@@ -16,19 +16,19 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.noise import NOISE_VERSION, NoiseKey
 from edge_agent.optimizer import METHODS, method_by_code
+from edge_agent.plan import RoundPlan
 from profiles.errors import WireError
 
 __all__ = [
     "LARGEST_SCALAR",
     "MAX_MESSAGE",
     "MAX_SCALARS",
+    "MAX_SHARES",
     "WIRE_VERSION",
     "Cohort",
     "Reply",
     "RoundOpen",
-    "RoundPlan",
     "RoundRecord",
     "Slice",
     "SliceRequest",
@@ -47,6 +47,9 @@ MAX_MESSAGE = 1 << 20
 MAX_SCALARS = 0xFFFF
 """No round asks for more: a reply counts its scalars with 16 bits."""
 
+MAX_SHARES = 255
+"""No plan deals the agents into more shares."""
+
 LARGEST_SCALAR = 1e9
 """A projected gradient or loss beyond this is no estimate of anything."""
 
@@ -62,54 +65,6 @@ _REQUEST = struct.Struct("<BBHI")
 _SNAPSHOT = struct.Struct("<BBH")
 
 _KIND_OPEN, _KIND_REPLY, _KIND_SLICE, _KIND_REQUEST, _KIND_SNAPSHOT = 1, 2, 3, 4, 5
-
-
-def _single(value: float) -> float:
-    """Return the float32 nearest to ``value`` as a Python float."""
-    return float(np.float32(value))
-
-
-@dataclass(frozen=True)
-class RoundPlan:
-    """What a round asks for, and all that its replay needs beside the scalars.
-
-    Attributes:
-        round: Number of the round, from 0.
-        seed: Noise seed, 64 bits.
-        method: Code of the method; see :data:`edge_agent.optimizer.METHODS`.
-        steps: Local steps K, 1 to 255.
-        perturbations: Perturbations a step P, 1 to 65535.
-        epsilon: Step of the finite difference, > 0.
-        learning_rate: Learning rate of this round, >= 0.
-        constants: The method's constants in its order.
-        exact: Exact scalars a step Q: coordinates of the last layer's gradient; 0 for none.
-        noise_version: Which bits the noise has.
-    """
-
-    round: int
-    seed: int
-    method: int
-    steps: int
-    perturbations: int
-    epsilon: float
-    learning_rate: float
-    constants: tuple[float, ...] = ()
-    exact: int = 0
-    noise_version: int = NOISE_VERSION
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "epsilon", _single(self.epsilon))
-        object.__setattr__(self, "learning_rate", _single(self.learning_rate))
-        object.__setattr__(self, "constants", tuple(_single(value) for value in self.constants))
-
-    @property
-    def scalars(self) -> int:
-        """Scalars of a local step: P projected gradients, then what else the plan asks."""
-        return self.perturbations + self.exact + method_by_code(self.method).losses
-
-    def keys(self, step: int) -> list[NoiseKey]:
-        """Return the noise keys of a local step's P perturbations."""
-        return [NoiseKey(self.seed, self.round, step, number) for number in range(self.perturbations)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,7 +164,7 @@ class Reply:
         loss: Mean loss over the samples and forwards, or NaN if the estimate failed.
         peak_kib: Largest resident size of the agent's process so far.
         digest: Of the agent's replica before the round.
-        scalars: Float32 of shape (K * ``plan.scalars``,), step by step; empty if it failed.
+        scalars: Float32 of shape (K * ``plan.reply_scalars``,), step by step; empty if it failed.
     """
 
     epoch: int
@@ -393,12 +348,16 @@ def _read_plan(reader: _Reader) -> RoundPlan:
         raise WireError(f"method {method} has {len(rule.constants)} constants, the plan {count}")
     if exact and not rule.head:
         raise WireError(f"method {method} has no exact scalars, the plan {exact}")
-    if not (steps and perturbations and steps * (perturbations + exact + rule.losses) <= MAX_SCALARS):
-        raise WireError(
-            f"a plan has 1 to {MAX_SCALARS} scalars, got {steps} times {perturbations} and {exact} exact ones"
-        )
     if not (0 < epsilon < np.inf and 0 <= rate < np.inf and all(np.isfinite(constants))):
         raise WireError(f"epsilon {epsilon}, learning rate {rate} or a constant {constants} is out of range")
+    shares = rule.named(tuple(constants)).get("shares", 1.0)
+    if not 1 <= shares <= MAX_SHARES:
+        raise WireError(f"{shares} shares are out of range")
+    projected = int(shares) * int(perturbations)
+    if not (steps and perturbations and steps * (projected + exact + rule.losses) <= MAX_SCALARS):
+        raise WireError(
+            f"a plan has 1 to {MAX_SCALARS} scalars, got {steps} times {projected} and {exact} exact ones"
+        )
     return RoundPlan(
         round=int(round_),
         seed=int(seed),

@@ -15,9 +15,10 @@ from edge_agent.estimator import estimate
 from edge_agent.grid import plan_segments, snap
 from edge_agent.link import Connected, MemoryBroker, MemoryLink, Message
 from edge_agent.optimizer import METHODS
+from edge_agent.plan import RoundPlan
 from edge_agent.replay import Replica
 from edge_agent.topics import Topics, shard_of
-from edge_agent.wire import Reply, RoundPlan, SliceRequest, encode
+from edge_agent.wire import Reply, SliceRequest, encode
 
 SIZE = 256
 BUNDLE = "b" * 64

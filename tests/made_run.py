@@ -12,8 +12,9 @@ from onnx import TensorProto, helper
 
 from coordinator.scalar_log import ScalarLog
 from edge_agent.bundle import flat_layout, write_bundle
+from edge_agent.plan import RoundPlan
 from edge_agent.replay import apply_record
-from edge_agent.wire import Reply, RoundPlan, RoundRecord
+from edge_agent.wire import Reply, RoundRecord
 from profiles.cost import graph_cost
 
 __all__ = ["make_replayable_run", "make_run"]

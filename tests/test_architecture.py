@@ -182,7 +182,7 @@ def test_a_board_needs_only_the_base_install(path):
         allowed |= {"cryptography"}
         assert "cryptography" not in imported_at_load(path)
     if path.startswith("edge_agent/torch_"):
-        allowed |= {"torch"}
+        allowed |= {"torch", "onnx"}
 
     assert tops(path) <= allowed
 

@@ -1,15 +1,22 @@
 """The fleet's books: what fits is asked, what does not is left out with the reason, and all survives."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from coordinator.ledger import Ledger, Price, Work
+from coordinator.report import write_report
 from coordinator.scalar_log import ScalarLog
 from edge_agent.wire import Reply
 from profiles.budget import Budget
 from tests.fleet import TOPICS, FleetInMemory, plan_of
+from tests.made_run import make_run
+
+ROOT = Path(__file__).resolve().parent.parent
 
 NAMES = ["board-0", "board-1", "board-2"]
 PLAN = plan_of(0, perturbations=8)
@@ -171,6 +178,50 @@ def test_the_books_outlive_the_coordinator(tmp_path):
     assert again.account(0) == books.account(0)
     again.note_status(0, status(flops=15), now=0.0)
     assert again.account(0).flops_measured == 15
+
+
+def test_the_report_shows_the_books(tmp_path):
+    """A board's account, and the reason why it was left out, stand in the report's table."""
+    run = make_run(tmp_path / "run")
+    books = ledger(Budget(flops_per_day=20_000, temperature_c=70.0))
+    books.charge(work(0), peak_mib=70.5)
+    books.note_status(0, status(temperature_c=90.0), now=0.0)
+    fit(books)
+    with ScalarLog.open(run / "log.sqlite") as log, log._db:
+        log._db.executemany("INSERT INTO ledger VALUES (?, ?, ?)", books.unsaved())
+    page = write_report(run).read_text(encoding="utf-8")
+    assert "<h3>Ledger</h3>" in page
+    for figure in ("70.5", "12.8 k", "7.2 k", "90.0 °C of 70.0 °C allowed"):
+        assert figure in page
+
+
+@pytest.mark.timeout(300)
+def test_real_boards_keep_to_their_budgets(tmp_path):
+    """One of three processes has FLOPs for ten rounds: it answers no more than these, and status says so."""
+    run, few = tmp_path / "run", "{profile='pi-4-2gb', name='few', flops_per_day=%d}"
+    whole = 32 * 32 * 2 * 4458 * 1
+    command = [sys.executable, "-m", "coordinator.cli", "testbed"]
+    settings = [
+        *("rounds=25", "pruning.method=none", "fleet.unfit=fit"),
+        f"devices=[{few % (10.5 * whole)}, {{profile='pi-4-2gb', name='free', count=2}}]",
+    ]
+    sets = [word for setting in settings for word in ("--set", setting)]
+    start = [*command, "run", str(ROOT / "examples" / "digits.toml"), "--out", str(run), "--json", *sets]
+    done = subprocess.run(start, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["digests_agree"]
+    ask = [*command, "status", str(run), "--json"]
+    told = json.loads(subprocess.run(ask, check=True, capture_output=True, text=True).stdout)
+    entries = {entry["agent"]: entry for entry in told["ledger"]}
+    first = entries["few-1"]
+    assert 0 < first["rounds"] < 25
+    assert "FLOPs, and today" in first["refused"]
+    assert first["flops_spent"] <= first["flops_allowed"] * 1.01
+    assert entries["free-1"]["rounds"] == 25
+    assert entries["free-1"]["flops_spent"] == pytest.approx(entries["free-1"]["flops_predicted"], rel=0.05)
+    assert entries["free-1"]["peak_measured_mib"] == pytest.approx(
+        entries["free-1"]["peak_predicted_mib"], rel=0.15
+    )
 
 
 class BudgetedFleet(FleetInMemory):
