@@ -199,7 +199,10 @@ class Authority:
 
     def server_identity(self, names: Iterable[str] = ()) -> Identity:
         """Return a new certificate for broker and web server on this machine, also under other names."""
-        return self._own_identity("server", _SERVER, [*own_addresses(), *names])
+        addresses = sorted({*own_addresses(), *names})
+        # A file for each set of names: another process may serve under others beside this one.
+        stem = f"server-{hashlib.sha256(' '.join(addresses).encode()).hexdigest()[:8]}"
+        return self._own_identity(stem, _SERVER, addresses)
 
     def role_identity(self, role: str) -> Identity:
         """Return the certificate for :data:`COORDINATOR` or :data:`OPERATOR`, a new one where it is old."""

@@ -43,14 +43,14 @@ _START_S = 20.0
 class Protection:
     """What makes a mosquitto of ours let in the fleet alone.
 
+    The coordinator has a listener of its own on the loopback.
+
     Attributes:
-        host: Address for the agents; the coordinator has a listener of its own on the loopback.
         listener: Lines for each listener.
         rules: The access list.
         tls: What the coordinator shows to the broker.
     """
 
-    host: str
     listener: tuple[str, ...]
     rules: Path
     tls: ssl.SSLContext
@@ -131,7 +131,7 @@ class Broker:
         return child
 
 
-def open_broker(folder: Path, *, url: str = "", port: int = 0) -> Broker:
+def open_broker(folder: Path, *, url: str = "", host: str = "127.0.0.1", port: int = 0) -> Broker:
     """Return a broker that answers: the named one, else a new mosquitto, else a new amqtt.
 
     A broker that a dead run left behind in the same folder is ended first.
@@ -139,7 +139,8 @@ def open_broker(folder: Path, *, url: str = "", port: int = 0) -> Broker:
     Args:
         folder: For the configuration, log and pid file of a broker of ours; must exist.
         url: A running broker; empty to start one.
-        port: Port of a broker of ours on 127.0.0.1; 0 for any free one.
+        host: Address of a broker of ours; beyond the loopback everybody who reaches it may do everything.
+        port: Likewise; 0 for any free one.
 
     Raises:
         BrokerError: The named broker does not answer, or none can be started there.
@@ -149,7 +150,11 @@ def open_broker(folder: Path, *, url: str = "", port: int = 0) -> Broker:
     if url:
         return use_broker(url)
     program = find_mosquitto()
-    return start_mosquitto(program, folder, port=port) if program else start_amqtt(folder, port=port)
+    if program is None and host != "127.0.0.1":
+        raise BrokerError(f"A broker on {host} needs mosquitto, which is not installed.")
+    if program is None:
+        return start_amqtt(folder, port=port)
+    return start_mosquitto(program, folder, host=host, port=port)
 
 
 def use_broker(url: str) -> Broker:
@@ -169,26 +174,38 @@ def use_broker(url: str) -> Broker:
 
 
 def start_mosquitto(
-    program: Path, folder: Path, *, port: int = 0, protection: Protection | None = None
+    program: Path,
+    folder: Path,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    protection: Protection | None = None,
 ) -> Broker:
-    """Start mosquitto for this machine alone, or protected for others too.
+    """Start mosquitto, by default for this machine alone.
+
+    Args:
+        program: From :func:`find_mosquitto`.
+        folder: For configuration, log and pid file.
+        host: Address to listen on.
+        port: 0 for any free one.
+        protection: Lets in whoever has a certificate, as far as the rules go; None lets everybody in.
 
     Raises:
         BrokerError: The port is in use, or mosquitto does not start.
     """
-    port = _free_port(port, protection.host if protection else "127.0.0.1")
+    port = _free_port(port, host)
     said = run([program, "-h"], stdin=DEVNULL, stdout=PIPE, stderr=STDOUT, timeout=10, check=False).stdout
     words = said.decode(errors="replace").split()
     kind = f"mosquitto {words[2]}" if words[:2] == ["mosquitto", "version"] else "mosquitto"
     config = folder / "mosquitto.conf"
     command = [str(program), "-c", str(config)]
     if protection is None:
-        listeners = [f"listener {port} 127.0.0.1", "allow_anonymous true"]
+        listeners = [f"listener {port} {host}", "allow_anonymous true"]
         config.write_text(_mosquitto_config(listeners), encoding="utf-8")
-        return _ours(port, kind, command, folder)
+        return _ours(port, kind, command, folder, host=_reached_at(host))
     own = _free_port(0)
     listeners = [
-        f"listener {port} {protection.host}",
+        f"listener {port} {host}",
         *protection.listener,
         "use_username_as_clientid true",  # a device has one connection, and nobody can take its place
         f"listener {own} 127.0.0.1",
@@ -197,13 +214,12 @@ def start_mosquitto(
     ]
     config.write_text(_mosquitto_config(listeners), encoding="utf-8")
     log, pid_file = folder / "broker.log", folder / "broker.pid"
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(protection.host, protection.host)
     return Broker(
         f"mqtts://127.0.0.1:{own}",
         kind,
         spawn=lambda: Child(command, log=log, pid_file=pid_file),
         tls=protection.tls,
-        agents_url=f"mqtts://[{host}]:{port}" if ":" in host else f"mqtts://{host}:{port}",
+        agents_url=f"mqtts://{_reached_at(host)}:{port}",
     )
 
 
@@ -234,9 +250,15 @@ def find_mosquitto() -> Path | None:
     return Path(found) if found else None
 
 
-def _ours(port: int, kind: str, command: Sequence[str], folder: Path) -> Broker:
+def _reached_at(host: str) -> str:
+    """Return how this machine itself reaches what listens on ``host``, as it stands in an address."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"[{host}]" if ":" in host else host
+
+
+def _ours(port: int, kind: str, command: Sequence[str], folder: Path, *, host: str = "127.0.0.1") -> Broker:
     log, pid_file = folder / "broker.log", folder / "broker.pid"
-    return Broker(f"mqtt://127.0.0.1:{port}", kind, spawn=lambda: Child(command, log=log, pid_file=pid_file))
+    return Broker(f"mqtt://{host}:{port}", kind, spawn=lambda: Child(command, log=log, pid_file=pid_file))
 
 
 def _mosquitto_config(listeners: Sequence[str]) -> str:

@@ -21,6 +21,7 @@ from coordinator.experiment import (
     Fleet,
     Method,
     Model,
+    Privacy,
     Pruning,
 )
 from coordinator.overrides import override
@@ -56,6 +57,7 @@ _SECTIONS: dict[str, type[Any]] = {
     "fleet": Fleet,
     "broker": BrokerChoice,
     "evaluation": Evaluation,
+    "privacy": Privacy,
 }
 
 
@@ -238,6 +240,12 @@ def _check_together(experiment: Experiment, faults: Faults) -> None:
                 f"compares agents that measured the same; with `method.shares` = {shares:g} they do not. "
                 'Set it to "mean", or `method.shares` to 1.',
             )
+    if faults.clear("privacy") and experiment.privacy.noise and not experiment.privacy.clip:
+        faults.refuse(
+            "privacy.noise",
+            experiment.privacy.noise,
+            "is counted in clips, and `privacy.clip` is 0. Set it to a length that most replies have.",
+        )
     if faults.clear("fleet.deadline_s", "fleet.resend_s") and fleet.resend_s > fleet.deadline_s:
         faults.refuse(
             "fleet.resend_s",

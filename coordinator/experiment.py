@@ -25,6 +25,7 @@ __all__ = [
     "Fleet",
     "Method",
     "Model",
+    "Privacy",
     "Pruning",
 ]
 
@@ -196,6 +197,8 @@ class BrokerChoice:
     Attributes:
         url: A running broker; empty to start one.
         port: Port of the broker that is started; 0 for any free one.
+        listen: Address on which it is started; the loopback keeps it to this machine.
+        security: ``auto`` is on beyond the loopback; ``insecure`` does without where ``auto`` would not.
     """
 
     url: Annotated[
@@ -206,6 +209,10 @@ class BrokerChoice:
         ),
     ] = ""
     port: Annotated[int, Whole(0, 65535)] = 0
+    listen: Annotated[str, Text(pattern=r"[0-9A-Za-z.:_-]+", rule="must be an address or a host name")] = (
+        "127.0.0.1"
+    )
+    security: Annotated[str, Choice(("auto", "on", "insecure"))] = "auto"
 
 
 @dataclass(frozen=True)
@@ -213,6 +220,21 @@ class Evaluation:
     """When the coordinator evaluates its replica on the test samples: every few rounds, and at the end."""
 
     every: Annotated[int, Whole(1)] = 10
+
+
+@dataclass(frozen=True)
+class Privacy:
+    """How little a reply says of any one agent.
+
+    Attributes:
+        clip: Largest Euclidean length of an agent's vector of scalars; 0 for no such bound.
+        noise: Standard deviation of the secret Gaussian noise that an agent adds to each scalar, in clips.
+        delta: For the epsilon in the report.
+    """
+
+    clip: Annotated[float, Number(least=0, remedy="A length that most replies have is a good start.")] = 0.0
+    noise: Annotated[float, Number(least=0, most=1e6, remedy="1 is a lot for a single agent.")] = 0.0
+    delta: Annotated[float, Number(above=0, most=0.1, remedy="1e-5 is usual.")] = 1e-5
 
 
 @dataclass(frozen=True)
@@ -239,6 +261,7 @@ class Experiment:
     devices: tuple[Device, ...]
     broker: BrokerChoice
     evaluation: Evaluation
+    privacy: Privacy = field(default_factory=Privacy)
     seed: Annotated[int, Whole()] = 7
     rounds: Annotated[int, Whole(1, 2**31 - 1)] = 400
 

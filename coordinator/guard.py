@@ -16,13 +16,15 @@ from urllib.parse import urlsplit
 
 from coordinator.authority import COORDINATOR, OPERATOR, Authority, Identity
 from coordinator.broker import Broker, Protection, find_mosquitto, greet, start_mosquitto
+from coordinator.child import end_orphan
+from coordinator.experiment import BrokerChoice
 from edge_agent.credentials import client_context
-from edge_agent.link import MqttLink
+from edge_agent.link import Link, MqttLink
 from edge_agent.seal import SayingLink
 from edge_agent.topics import Topics
 from profiles.errors import BrokerError
 
-__all__ = ["Guard", "access_rules", "is_beyond_loopback"]
+__all__ = ["Guard", "access_rules", "connect", "guard_of", "is_beyond_loopback"]
 
 _KICK_S = 3.0
 _NUMBERS = 1_000_000
@@ -63,6 +65,37 @@ def is_beyond_loopback(host: str) -> bool:
         return True
 
 
+def guard_of(choice: BrokerChoice, folder: Path) -> "Guard | None":
+    """Return the guard that a run's broker needs, with an authority of its own in the run folder, or None.
+
+    Args:
+        choice: Which broker, and whether it is to be protected.
+        folder: The run folder.
+
+    Raises:
+        BrokerError: The broker runs already, elsewhere, and would carry everything in the clear; or it cannot
+            be protected from here.
+    """
+    host = urlsplit(choice.url).hostname or "" if choice.url else choice.listen
+    if choice.security == "insecure" or (choice.security == "auto" and not is_beyond_loopback(host)):
+        return None
+    if choice.url:
+        raise BrokerError(
+            f"{choice.url} would carry this run unprotected: anybody on it could answer in an agent's name.",
+            hint="Leave --broker out and set broker.listen, so that a protected one is started; or say "
+            "--insecure in a network of your own.",
+        )
+    return Guard(Authority.create(folder / "authority"), folder)
+
+
+def connect(broker: Broker, topics: Topics, guard: "Guard | None") -> tuple[MqttLink, Link]:
+    """Return the coordinator's connection, and the link over it that it speaks through."""
+    if guard is not None:
+        return guard.link(topics)
+    link = MqttLink(broker.url, client_id=f"{topics.run}-coordinator")
+    return link, link
+
+
 class Guard:
     """A broker's rules, kept in step with an authority.
 
@@ -101,6 +134,7 @@ class Guard:
             BrokerError: mosquitto is not installed (amqtt can neither check certificates against a revocation
                 list nor rights by certificate), or does not start.
         """
+        end_orphan(folder / "broker.pid")
         program = find_mosquitto()
         if program is None:
             raise BrokerError(
@@ -112,9 +146,9 @@ class Guard:
         self._broker = start_mosquitto(
             program,
             folder,
+            host=host,
             port=port,
             protection=Protection(
-                host=host,
                 listener=tuple(self._listener(server)),
                 rules=self._rules,
                 tls=self._context(self._coordinator),
@@ -122,10 +156,11 @@ class Guard:
         )
         return self._broker
 
-    def link(self, topics: Topics, *, client_id: str) -> "tuple[MqttLink, SayingLink]":
+    def link(self, topics: Topics) -> "tuple[MqttLink, SayingLink]":
         """Return the coordinator's connection, and the link over it that signs what it says."""
         if self._broker is None:
             raise ValueError("start the broker first")
+        client_id = f"{topics.run}-coordinator"
         carrier = MqttLink(self._broker.url, client_id=client_id, tls=self._context(self._coordinator))
         return carrier, SayingLink(
             carrier,

@@ -13,12 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coordinator.aggregation import aggregate_shares, mean_loss, tolerated
-from coordinator.attendance import Attendance
+from coordinator.attendance import SILENT_ROUNDS, Attendance
 from coordinator.ledger import Ledger, Work
 from coordinator.outliers import Outliers
+from edge_agent.cohort import Cohort
 from edge_agent.plan import RoundPlan
 from edge_agent.replay import Replica, apply_record
-from edge_agent.wire import Cohort, Reply, RoundOpen, RoundRecord
+from edge_agent.wire import Reply, RoundOpen, RoundRecord
 from profiles.errors import EstimateError
 
 __all__ = ["Action", "Announce", "Commit", "Late", "Note", "Rounds", "Terms"]
@@ -88,6 +89,7 @@ class Terms:
         resend_s: A round without all its answers is announced again after this, then less and less often.
         rule: How the replies become one; see :data:`coordinator.aggregation.RULES`.
         liars: The share of the agents that may lie; the mean trusts all.
+        private: Replies tell no loss.
     """
 
     plan_of: Callable[[int], RoundPlan]
@@ -100,6 +102,7 @@ class Terms:
     resend_s: float
     rule: str = "mean"
     liars: float = 0.2
+    private: bool = False
 
 
 @dataclass
@@ -254,6 +257,18 @@ class Rounds:
             return [Note("readmitted", agent, "the agent spoke again")]
         return []
 
+    def shut_out(self, agent: int, now: float) -> list[Action]:
+        """Take an agent out at once: what it said in the open round does not count, nobody waits for it."""
+        self.attendance.members[agent].silent = SILENT_ROUNDS
+        self._set_presence(agent, online=False)
+        opened = self._open
+        if opened is not None and agent in opened.members and len(opened.members) > 1:
+            opened.members -= {agent}
+            opened.waiting.discard(agent)
+            for replies in (opened.answered, opened.counted):
+                replies.pop(agent, None)
+        return self._close_if_over(now)
+
     def on_reply(self, agent: int, reply: Reply, now: float) -> list[Action]:
         """Take in a reply; whatever does not belong to the open round is counted and dropped."""
         opened = self._open
@@ -367,8 +382,10 @@ class Rounds:
         changes = self.outliers.observe(counted, self._classes(opened)) if alike and not skipped else []
         flat = np.zeros(plan.steps * plan.scalars, np.float32)
         trusted, liars = self._trusted(counted, opened.terms)
+        # Where as many were left out as may lie, nobody is left to trim: the mean makes most of the others.
+        rule = "trimmed" if len(trusted) < len(counted) and liars == 0 else opened.terms.rule
         if not skipped:
-            flat = aggregate_shares(trusted, plan, rule=opened.terms.rule, liars=liars)
+            flat = aggregate_shares(trusted, plan, rule=rule, liars=liars)
         record = RoundRecord(plan, self._epoch, skipped, flat.reshape(shape), digest=0)
         apply_record(self.replica, record, check=False)
         record = replace(record, digest=self.replica.digest())
@@ -392,7 +409,7 @@ class Rounds:
             actions.append(Note("suspect" if text else "trusted again", agent, text))
         self._uncounted = opened.members - (frozenset() if skipped else counted.keys())
         replies = {a: (reply, a in trusted and not skipped) for a, reply in opened.answered.items()}
-        loss = None if skipped else mean_loss(trusted)
+        loss = None if skipped or opened.terms.private else mean_loss(trusted)
         actions.append(Commit(record, loss, opened.opened_s, replies))
         return actions + self._open_next(now)
 

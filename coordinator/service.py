@@ -7,7 +7,7 @@ is published. Whatever arrives and does not belong is counted and dropped.
 import json
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class Service:
         rounds: The state machine, not yet started.
         agents: Names of the fleet in the order of their numbers.
         bundle_identity: What the agents must have.
+        privacy: What every agent does to its scalars: ``clip`` and ``noise``; None for nothing.
         shards: Topics over which the agents are spread.
         checkpoint: File for the replica as it is every few hundred rounds; it bounds what a late joiner, or
             the next coordinator, has to replay. None keeps it in memory alone.
@@ -69,6 +70,7 @@ class Service:
         rounds: Rounds,
         agents: Sequence[str],
         bundle_identity: str,
+        privacy: Mapping[str, float] | None = None,
         shards: int = 1,
         checkpoint: Path | None = None,
         checkpoint_every: int = 500,
@@ -87,6 +89,7 @@ class Service:
         self._numbers = {name: number for number, name in enumerate(agents)}
         self._roster = pack_names(agents)
         self._bundle_identity = bundle_identity
+        self._privacy = privacy
         self._shards = shards
         self._checkpoint = checkpoint
         self._checkpoint_every = checkpoint_every
@@ -95,6 +98,7 @@ class Service:
         self._on_idle = on_idle
         self._clock = clock
         self._state = "running"
+        self._shut_out: frozenset[str] = frozenset()
         self._closing_since: float | None = None
         self._processes: dict[str, set[int]] = {}
         self._told: Counter[tuple[str, str]] = Counter()
@@ -160,6 +164,18 @@ class Service:
         if (self._events or self._late) and now - self._notes_at >= _REPEAT_S:
             self._write_notes()
 
+    def shut_out(self, names: Collection[str]) -> None:
+        """Hear nothing more of these agents, and count nothing that they said in the open round.
+
+        Args:
+            names: All whose certificates were revoked; who is no longer among them is heard again.
+        """
+        for name in sorted(set(names) & self._numbers.keys() - self._shut_out):
+            self._tell("revoked", name, "its certificate counts no more", stranger=False)
+            self.statuses[name] = {**self.statuses.get(name, {}), "state": "offline"}
+            self._act(self._rounds.shut_out(self._numbers[name], self._clock()))
+        self._shut_out = frozenset(names)
+
     def announce_state(self, state: str) -> None:
         """Publish the run's configuration with another state, such as "stopped"."""
         self._state = state
@@ -214,6 +230,7 @@ class Service:
             "epoch": self._rounds.epoch,
             "agents": self._roster,
             "shards": self._shards,
+            **({} if self._privacy is None else {"privacy": dict(self._privacy)}),
         }
         self._say(self._topics.control, json.dumps(control).encode())
 
@@ -236,7 +253,9 @@ class Service:
         if self._closing_since is None:
             self._closing_since = now
         last = self._rounds.replica.round
-        behind = [name for name in self._agents if self._status_round(name) != last]
+        behind = [
+            name for name in self._agents if self._status_round(name) != last and name not in self._shut_out
+        ]
         return not behind or now - self._closing_since >= farewell_s
 
     def _status_round(self, name: str) -> int | None:
@@ -314,6 +333,8 @@ class Service:
         number = self._numbers.get(name)
         if number is None:
             self._drop(f"{kind}: not in the fleet", "", name[:64])
+        elif name in self._shut_out:
+            self._drop("revoked", name)
         elif kind == "st" and len(rest) == 1:
             self._on_status(number, message.payload, now)
         elif kind == "u" and rest == [str(shard_of(name, self._shards)), name]:
@@ -337,6 +358,9 @@ class Service:
             status = read_status(payload)
         except WireError as error:
             self._drop("malformed status", name, str(error))
+            return
+        if status.get("name", name) != name:
+            self._drop("status in another's name", name, status["name"])
             return
         before = self.statuses.get(name, {})
         state = status["state"]

@@ -7,6 +7,7 @@ simulation and of a fleet agree, if no message of the fleet came too late.
 """
 
 import json
+import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -29,6 +30,7 @@ from edge_agent.bundle import Bundle
 from edge_agent.data import Samples
 from edge_agent.forward import Forward
 from edge_agent.measure import forward_for, measure
+from edge_agent.privacy import Privacy, privatise
 from edge_agent.wire import Reply, RoundOpen, decode, encode
 from profiles.errors import ConfigError, EstimateError
 from profiles.memory import peak_rss_mib
@@ -133,7 +135,9 @@ def _simulate(experiment: Experiment, folder: Path, observer: Observer) -> dict[
                 )
             )
 
-        play(rounds, bundle, train, parts, on_commit=on_commit, spent=spent)
+        asked = experiment.privacy
+        privacy = Privacy(asked.clip, asked.noise) if asked.clip else None
+        play(rounds, bundle, train, parts, on_commit=on_commit, spent=spent, privacy=privacy)
         loss, accuracy = log.last_evaluation() or (None, None)
         summary = {
             "name": experiment.name,
@@ -177,6 +181,7 @@ def play(
     on_commit: Callable[[Commit], None],
     spent: Spending,
     stop: Callable[[], bool] = lambda: False,
+    privacy: Privacy | None = None,
 ) -> None:
     """Play all rounds, one agent after the other.
 
@@ -188,6 +193,7 @@ def play(
         on_commit: Called with every record, in order.
         spent: Counts what the agents would have spent.
         stop: Asked after every record; True ends the simulation.
+        privacy: What the agents do to their replies; its noise differs every time.
     """
     replica = rounds.replica
     forward: Forward | TorchForward | None = None
@@ -205,6 +211,9 @@ def play(
             for number in range(len(parts)):
                 if number in opened.cohort:
                     reply = _reply(forward, train, parts[number], opened, number, digest, rounds, spent)
+                    if privacy is not None:
+                        scalars = privatise(reply.scalars, privacy, os.urandom)
+                        reply = replace(reply, scalars=scalars, loss=0.0)
                     spent.bytes_down += size
                     pending.extend(rounds.on_reply(number, reply, 0.0))
 

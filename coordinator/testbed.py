@@ -8,7 +8,7 @@ run goes on where it stopped.
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -20,11 +20,14 @@ from coordinator.broker import Broker, open_broker
 from coordinator.config import dump, load_experiment
 from coordinator.control import Control
 from coordinator.experiment import AgentPlan, Experiment
+from coordinator.guard import Guard, connect, guard_of
 from coordinator.health import Health
 from coordinator.ledger import Ledger
+from coordinator.local_fleet import local_fleet
 from coordinator.partition import partition
 from coordinator.plans import CHANGED, Plans
 from coordinator.pricing import price_of
+from coordinator.privacy import check_accountant
 from coordinator.progress import Observer, Standing
 from coordinator.rebuild import CHECKPOINT, resume_replica
 from coordinator.reference import Reference
@@ -33,11 +36,9 @@ from coordinator.rounds import Rounds, Terms
 from coordinator.scalar_log import ScalarLog
 from coordinator.service import Service
 from coordinator.summary import write_summary
-from coordinator.supervisor import Supervisor, agent_command
-from edge_agent.bundle import Bundle, read_bundle
+from edge_agent.bundle import Bundle, read_bundle, sign_bundle
 from edge_agent.data import Samples, load_samples, to_inputs
 from edge_agent.forward import Forward
-from edge_agent.link import MqttLink
 from edge_agent.optimizer import METHODS
 from edge_agent.replay import Replica
 from edge_agent.topics import Topics
@@ -52,6 +53,7 @@ __all__ = [
     "ledger_of",
     "make_bundle",
     "prepare",
+    "privacy_of",
     "read_samples",
     "rounds_of",
     "run_testbed",
@@ -87,17 +89,25 @@ def run_testbed(experiment: Experiment, *, out: Path, resume: bool, observer: Ob
     bundle = read_bundle(out / "bundle")
     with ScalarLog.open(out / "log.sqlite") as log, contextlib.ExitStack() as stack:
         try:
-            broker = open_broker(out, url=experiment.broker.url, port=experiment.broker.port)
+            guard = guard_of(experiment.broker, out)
+            if guard is not None:
+                sign_bundle(out / "bundle", guard.authority.signer())
+                broker = guard.start(out, host=experiment.broker.listen, port=experiment.broker.port)
+            else:
+                choice = experiment.broker
+                broker = open_broker(out, url=choice.url, host=choice.listen, port=choice.port)
         except ScalarfedError:
             if not resume:  # nothing was trained yet
                 stack.callback(shutil.rmtree, out)
                 stack.callback(log.close)
             raise
         stack.callback(broker.stop)
-        observer.line(f"broker: {broker.kind} at {broker.url}")
+        observer.line(f"broker: {broker.kind} at {broker.agents_url}")
         log.set_meta("broker", broker.kind)
         try:
-            service = _train(experiment, out, bundle, test, log=log, broker=broker, observer=observer)
+            service = _train(
+                experiment, out, bundle, test, log=log, broker=broker, guard=guard, observer=observer
+            )
         except BaseException as error:
             log.add_event("interrupted", "", f"{type(error).__name__}: {error}")
             raise
@@ -144,6 +154,8 @@ def read_samples(experiment: Experiment) -> tuple[Samples, Samples]:
 
 
 def _prepare(experiment: Experiment, folder: Path, observer: Observer) -> None:
+    if experiment.privacy.noise:
+        check_accountant()
     observer.stage(f"reading {experiment.data.path}")
     train, _ = read_samples(experiment)
     agents = experiment.agents
@@ -304,7 +316,14 @@ def _terms(experiment: Experiment, plans: Plans) -> Terms:
         resend_s=fleet.resend_s,
         rule=fleet.aggregation,
         liars=fleet.liars,
+        private=experiment.privacy.clip > 0,
     )
+
+
+def privacy_of(experiment: Experiment) -> dict[str, float] | None:
+    """Return what the control message asks of agents for privacy's sake, None for nothing."""
+    privacy = experiment.privacy
+    return {"clip": privacy.clip, "noise": privacy.noise} if privacy.clip else None
 
 
 def _reference(experiment: Experiment, bundle: Bundle, replica: Replica) -> Reference | None:
@@ -362,6 +381,7 @@ def _train(
     *,
     log: ScalarLog,
     broker: Broker,
+    guard: Guard | None,
     observer: Observer,
 ) -> Service:
     epoch = log.next_epoch()
@@ -394,24 +414,28 @@ def _train(
             Standing(done, present.rounds, loss, accuracy, service.online(), agents, *service.bytes_seen())
         )
 
-    with _fleet(experiment, out, broker, log) as supervisor:
+    with local_fleet(experiment, out, broker, log, guard) as supervisor:
 
         def on_idle() -> None:
             control.poll()
             supervisor.watch()
+            if guard is not None:
+                service.shut_out(guard.watch())
             # A broker that is not ours comes back by itself or by whoever runs it; the link waits for it.
             if broker.pid is not None and not broker.alive():
                 log.add_event("broker ended", "", f"starting {broker.kind} again")
                 broker.restart()
 
-        link = MqttLink(broker.url, client_id=f"{_run_name(experiment)}-coordinator")
+        topics = Topics("scalarfed", _run_name(experiment))
+        carrier, link = connect(broker, topics, guard)
         service = Service(
             link=link,
-            topics=Topics("scalarfed", _run_name(experiment)),
+            topics=topics,
             log=log,
             rounds=rounds,
             agents=[agent.name for agent in experiment.agents],
             bundle_identity=bundle.identity,
+            privacy=privacy_of(experiment),
             checkpoint=out / CHECKPOINT,
             on_commit=on_commit,
             on_idle=on_idle,
@@ -424,34 +448,11 @@ def _train(
             service.run(stop=lambda: control.stopped)
         finally:
             service.announce_state("finished" if rounds.finished else "stopped")
-            link.flush(2.0)
-            link.close()
+            carrier.flush(2.0)
+            carrier.close()
         if not rounds.finished:
             raise KeyboardInterrupt("scalarfed ctl stop")
     return service
-
-
-@contextlib.contextmanager
-def _fleet(experiment: Experiment, out: Path, broker: Broker, log: ScalarLog) -> Iterator[Supervisor]:
-    folder = out / "agents"
-    commands = {
-        agent.name: [
-            *agent_command(),
-            *("--broker", broker.url, "--run", _run_name(experiment), "--name", agent.name),
-            *("--bundle", str(out / "bundle"), "--data", str(folder / agent.name / "data.npz")),
-            *("--state", str(folder / agent.name), "--profile", agent.profile),
-            *("--memory-mib", f"{agent.memory_mib:g}"),
-        ]
-        for agent in experiment.agents
-    }
-    supervisor = Supervisor(
-        commands, folder=folder, on_event=lambda kind, agent, text: log.add_event(kind, agent, text)
-    )
-    try:
-        supervisor.start()
-        yield supervisor
-    finally:
-        supervisor.stop()
 
 
 def _run_name(experiment: Experiment) -> str:

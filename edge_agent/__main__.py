@@ -156,6 +156,7 @@ class _Process:
             fresh_replica=self.bundle.replica,
             estimate=self._estimate,
             peak_kib=lambda: int(peak_rss_mib() * 1024),
+            secret=os.urandom,
             restore=self._restore,
         )
         self.forward: Forward | TorchForward | None = None

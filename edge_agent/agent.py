@@ -13,6 +13,7 @@ from typing import Any
 
 from edge_agent.estimator import Estimate
 from edge_agent.plan import RoundPlan
+from edge_agent.privacy import Privacy, privatise, read_privacy
 from edge_agent.replay import Replica, apply_record
 from edge_agent.roster import number_in
 from edge_agent.wire import Reply, RoundOpen, RoundRecord, SliceRequest, Snapshot, decode
@@ -48,6 +49,7 @@ class Agent:
         fresh_replica: Makes the replica of round 0.
         estimate: Measures what a round asks with the agent's samples, given its number in the fleet.
         peak_kib: Largest resident size of the process so far.
+        secret: Returns so many random bytes that nobody can guess, for the noise of private replies.
         restore: Makes a replica of a snapshot's bytes, or None if they are not this run's; raises StateError.
 
     Attributes:
@@ -67,6 +69,7 @@ class Agent:
         fresh_replica: Callable[[], Replica],
         estimate: Callable[[Replica, RoundOpen, int], Estimate],
         peak_kib: Callable[[], int],
+        secret: Callable[[int], bytes] | None = None,
         restore: Callable[[bytes], Replica | None] = lambda state: None,
     ) -> None:
         self.name = name
@@ -82,6 +85,8 @@ class Agent:
         self._estimate = estimate
         self._peak_kib = peak_kib
         self._restore = restore
+        self._secret = secret
+        self._privacy: Privacy | None = None
         self._number: int | None = None
         self._epoch = 0
         self._open: RoundOpen | None = None
@@ -112,6 +117,7 @@ class Agent:
                 raise ValueError("shards")
             if type(epoch) is not int or not 0 <= epoch <= 0xFFFF:
                 raise ValueError("epoch")
+            privacy = read_privacy(control)
         except (KeyError, TypeError, ValueError):
             self.dropped["malformed control"] += 1
             return []
@@ -119,8 +125,11 @@ class Agent:
             return [Report("refused", f"the run has bundle {bundle!r:.16}, not {self._bundle_identity[:12]}")]
         if number is None:
             return [Report("refused", f"{self.name} is not in the fleet of this run")]
-        if number != self._number:
-            self._reply = None  # it was measured with the samples of another number
+        if privacy is not None and self._secret is None:
+            return [Report("refused", "the run wants private replies, and this agent has no secret noise")]
+        if number != self._number or privacy != self._privacy:
+            self._reply = None  # it was measured with the samples of another number, or told too much
+        self._privacy = privacy
         self.shards = shards
         self._number = number
         self._epoch = epoch
@@ -281,13 +290,11 @@ class Agent:
                 break
         self.estimates += 1
         self.forwards += made.forwards
-        return replace(
-            reply,
-            samples=batch,
-            loss=made.loss,
-            scalars=made.scalars.reshape(-1),
-            peak_kib=self._peak_kib(),
-        )
+        scalars, loss = made.scalars.reshape(-1), made.loss
+        if self._privacy is not None and self._secret is not None:
+            scalars = privatise(scalars, self._privacy, self._secret)
+            loss = 0.0  # it would tell on the samples too
+        return replace(reply, samples=batch, loss=loss, scalars=scalars, peak_kib=self._peak_kib())
 
     def _apply(self, records: tuple[RoundRecord, ...]) -> None:
         """Apply those of the consecutive records that come next; only the last one's digest is checked."""

@@ -16,6 +16,14 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_agent.cohort import (
+    BATCH_BYTES,
+    Cohort,
+    decode_batches,
+    decode_uncounted,
+    encode_batches,
+    encode_uncounted,
+)
 from edge_agent.optimizer import METHODS, method_by_code
 from edge_agent.plan import RoundPlan
 from profiles.errors import WireError
@@ -26,7 +34,6 @@ __all__ = [
     "MAX_SCALARS",
     "MAX_SHARES",
     "WIRE_VERSION",
-    "Cohort",
     "Reply",
     "RoundOpen",
     "RoundRecord",
@@ -57,7 +64,6 @@ _PLAN = struct.Struct("<IQBBBBHHff")
 _RECORD = struct.Struct("<HBQ")
 _OPEN = struct.Struct("<BBHHHBBIH")
 _COUNT = struct.Struct("<H")
-_BATCH = struct.Struct("<IH")
 _REPLY = struct.Struct("<BBHIHHIfIQ")
 _SLICE = struct.Struct("<BBHIH")
 _REQUEST = struct.Struct("<BBHI")
@@ -90,32 +96,6 @@ class RoundRecord:
 
     def __hash__(self) -> int:
         return hash(encode_record(self))
-
-
-@dataclass(frozen=True)
-class Cohort:
-    """The agents that a round asks, as a set of agent numbers; None means every agent."""
-
-    members: frozenset[int] | None = None
-
-    def __contains__(self, agent: int) -> bool:
-        return self.members is None or agent in self.members
-
-    def to_bytes(self) -> bytes:
-        """Return one bit an agent, lowest number first; nothing at all for everybody."""
-        if self.members is None:
-            return b""
-        bits = bytearray(max(self.members, default=0) // 8 + 1)
-        for member in self.members:
-            bits[member // 8] |= 1 << member % 8
-        return bytes(bits)
-
-    @classmethod
-    def from_bytes(cls, bits: bytes) -> "Cohort":
-        """Return the cohort that :meth:`to_bytes` wrote."""
-        if not bits:
-            return cls()
-        return cls(frozenset(8 * i + j for i, byte in enumerate(bits) for j in range(8) if byte >> j & 1))
 
 
 @dataclass(frozen=True)
@@ -224,7 +204,7 @@ def encode(message: RoundOpen | Reply | Slice | SliceRequest | Snapshot) -> byte
             message.deadline_ms,
             len(cohort),
         )
-        more = _encode_batches(message.batches) + _encode_uncounted(message.uncounted)
+        more = encode_batches(message.batches) + encode_uncounted(message.uncounted)
         return (
             head + cohort + _encode_plan(message.plan) + more + b"".join(map(encode_record, message.records))
         )
@@ -403,8 +383,12 @@ def _decode_open(reader: _Reader) -> RoundOpen:
     plan = _read_plan(reader)
     if int(flags) > 15 or batch < 1:
         raise WireError(f"flags {flags} or batch size {batch} is out of range")
-    batches = _read_batches(reader, int(batch)) if int(flags) & 4 else {}
-    uncounted = _read_uncounted(reader) if int(flags) & 8 else frozenset()
+    batches: dict[int, int] = {}
+    uncounted: frozenset[int] = frozenset()
+    if int(flags) & 4:
+        batches = decode_batches(_take_counted(reader, BATCH_BYTES), int(batch))
+    if int(flags) & 8:
+        uncounted = decode_uncounted(_take_counted(reader, 1))
     records = _read_records(reader, int(count), plan.round - int(count))
     return RoundOpen(
         plan=plan,
@@ -421,31 +405,10 @@ def _decode_open(reader: _Reader) -> RoundOpen:
     )
 
 
-def _encode_batches(batches: Mapping[int, int]) -> bytes:
-    rows = b"".join(_BATCH.pack(agent, batches[agent]) for agent in sorted(batches))
-    return _COUNT.pack(len(batches)) + rows if batches else b""
-
-
-def _read_batches(reader: _Reader, most: int) -> dict[int, int]:
+def _take_counted(reader: _Reader, size: int) -> bytes:
+    """Return as many times ``size`` bytes as the next 16 bits count."""
     (count,) = reader.unpack(_COUNT)
-    rows = [reader.unpack(_BATCH) for _ in range(int(count))]
-    agents = [int(agent) for agent, _ in rows]
-    if not rows or agents != sorted(set(agents)) or not all(1 <= batch < most for _, batch in rows):
-        raise WireError("smaller batches must be of ascending agents and smaller than the round's")
-    return {int(agent): int(batch) for agent, batch in rows}
-
-
-def _encode_uncounted(agents: frozenset[int]) -> bytes:
-    bits = Cohort(agents).to_bytes() if agents else b""
-    return _COUNT.pack(len(bits)) + bits if bits else b""
-
-
-def _read_uncounted(reader: _Reader) -> frozenset[int]:
-    (size,) = reader.unpack(_COUNT)
-    members = Cohort.from_bytes(reader.take(int(size))).members
-    if not members:
-        raise WireError("a set of replies that did not count must not be empty")
-    return members
+    return reader.take(int(count) * size)
 
 
 def _decode_reply(reader: _Reader) -> Reply:

@@ -5,11 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from edge_agent.cohort import Cohort
 from edge_agent.optimizer import METHODS
 from edge_agent.plan import RoundPlan
 from edge_agent.wire import (
     MAX_MESSAGE,
-    Cohort,
     Reply,
     RoundOpen,
     RoundRecord,

@@ -109,7 +109,7 @@ def test_a_floor_imports_what_its_install_declares(floor):
         "profiles": [],
         "edge_agent": ["torch-agent"],
         "pruning": ["prune"],
-        "coordinator": ["coordinator", "prune"],
+        "coordinator": ["coordinator", "prune", "privacy"],
     }
     declared = names(PROJECT["dependencies"])
     for extra in extras[floor]:

@@ -21,6 +21,7 @@ from coordinator.cli import (
     prune,
     replay,
     report,
+    serve,
     simulate,
     swarm,
     testbed,
@@ -48,6 +49,7 @@ app.add_typer(devices.app, name="devices")
 app.command(name="update", epilog=update.EXAMPLE)(update.update)
 devices.app.command(name="certificates")(enrol.certificates)
 devices.app.command(name="revoke", epilog=enrol.REVOKE_EXAMPLE)(enrol.revoke)
+app.command(name="serve", epilog=serve.EXAMPLE)(serve.serve)
 app.command(name="enrol", epilog=enrol.EXAMPLE)(enrol.enrol)
 app.command(name="ctl", epilog=ctl.EXAMPLE)(ctl.ctl)
 app.command(name="doctor", epilog=doctor.EXAMPLE)(doctor.doctor)

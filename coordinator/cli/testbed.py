@@ -13,7 +13,7 @@ import typer
 if TYPE_CHECKING:
     from coordinator.progress import Observer
 
-__all__ = ["app", "observing", "run", "status"]
+__all__ = ["app", "observing", "run", "status", "stopping_in_order"]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -62,7 +62,7 @@ def run(
     chosen = load_experiment(experiment, overrides)
     folder = out or Path("runs") / chosen.name
     try:
-        with observing(silent=as_json) as observer, _stopping_in_order():
+        with observing(silent=as_json) as observer, stopping_in_order():
             from coordinator.testbed import run_testbed
 
             summary = run_testbed(chosen, out=folder.resolve(), resume=resume, observer=observer)
@@ -136,7 +136,7 @@ def observing(*, silent: bool) -> Iterator["Observer"]:
 
 
 @contextlib.contextmanager
-def _stopping_in_order() -> Iterator[None]:
+def stopping_in_order() -> Iterator[None]:
     """Let SIGTERM stop a run as Ctrl-C does."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
