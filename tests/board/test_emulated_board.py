@@ -152,7 +152,7 @@ class Fleet:
         with ScalarLog.open(self.run / "log.sqlite") as log:
             rounds = rounds_of(self.experiment, bundle, bundle.replica(), epoch=log.next_epoch())
             self.rounds = rounds
-            carrier, link = self.guard.link(topics, client_id="coordinator")
+            carrier, link = self.guard.link(topics)
             self.service = Service(
                 link=link, topics=topics, log=log, rounds=rounds,
                 agents=[agent.name for agent in self.experiment.agents], bundle_identity=bundle.identity,
