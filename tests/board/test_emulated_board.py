@@ -357,6 +357,7 @@ def test_a_wrong_token_and_what_happened_are_told_by_the_card(fleet, capsys):
     said = capsys.readouterr().out
     say(said)
     assert "wrong, used or expired token" in said
+    assert "its last update was returned" in said
     with fleet.card.open("rb") as file, mmap.mmap(file.fileno(), FAT_END, access=mmap.ACCESS_READ) as fat:
         assert fat.find(b"report.txt") + fat.find(b"agent ended") > 0  # this is where things are
         assert fat.find(fleet.token.encode()) == -1, "the token still lies on the FAT partition"
