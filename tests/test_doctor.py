@@ -67,7 +67,7 @@ def test_a_card_is_understood(report, says):
     "went", ["refused: hash: wheels/a.whl is not what was offered", "returned: 1-b did not join"]
 )
 def test_an_update_that_went_wrong_is_told(went):
-    """The card tells of the last update if it was refused, failed or given back; a later good one ends that."""
+    """The card tells of a last update that was refused, failed or given back; a good one ends that."""
     told = diagnose_report(DONE + f"5.0 update {went}\n", flashed=True)
     assert [verdict.kind for verdict in told] == ["fine", "warning"]
     assert went in told[1].text
