@@ -11,7 +11,7 @@ BOARD := build/board
 .PHONY: help demo test slow board-test chaos lint format tree figures clean
 
 help:  ## list what make can do here
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(READY)  ## prune a net, train it on six agents over MQTT, write a report
 	@out=$(DEMO); number=2; \
@@ -71,3 +71,5 @@ $(READY): $(BIN)/python pyproject.toml constraints.txt $(wildcard setup.py edge_
 	@echo "Installing scalarfed into $(VENV). The first time takes minutes: torch is large."
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[coordinator,prune,dev]'
 	@touch $@
+
+include native.mk

@@ -16,6 +16,8 @@ _BESIDE = {
     "examples/": "experiments to start from, and their data",
     "docs/": "architecture, wire format, methods, how-to pages, the lab notebook",
     "Makefile": "`make help` lists what it does",
+    "native.mk": "its part for the compiled kernel and wheels for boards",
+    "setup.py": "compiles the kernel on install, where there is a compiler",
     "constraints.txt": "the exact versions that `make` installs",
 }
 _BEGIN, _END = "<!-- tree: written by `make tree` -->\n```text\n", "```\n<!-- end of tree -->\n"

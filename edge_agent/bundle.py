@@ -61,6 +61,7 @@ class Bundle:
             ``weight_bytes`` and what else the exporter knew.
         pruning: How the net was made smaller.
         head: Names of the tensors whose gradient the graph tells as ``head_gradient``; empty if it does not.
+        variants: Names of further graphs that compute the same with operators of the compiled kernel.
         identity: SHA-256 of the manifest, hexadecimal: names the bundle.
     """
 
@@ -74,6 +75,7 @@ class Bundle:
     cost: Mapping[str, int]
     pruning: Mapping[str, Any]
     head: tuple[str, ...]
+    variants: tuple[str, ...]
     identity: str
 
     @property
@@ -86,10 +88,19 @@ class Bundle:
         """The ONNX graph."""
         return self.folder / "graph.onnx"
 
+    def variant_path(self, variant: str) -> Path:
+        """Return a variant of the graph."""
+        return self.folder / _variant_file(variant)
+
+    def mapped_weights(self) -> NDArray[np.float32]:
+        """Return the weights of round 0 as a read-only map of their file: for forward passes alone."""
+        return np.memmap(self.folder / "weights.f32", "<f4", mode="r")
+
     def replica(self) -> Replica:
         """Return a fresh replica at round 0, with weights of its own."""
         weights = _aligned(self.size)
-        weights[...] = np.fromfile(self.folder / "weights.f32", "<f4")
+        with (self.folder / "weights.f32").open("rb") as file:
+            file.readinto(weights.view(np.uint8).data)  # a second copy, however short, would be the peak
         spans = {tensor.name: (tensor.offset, tensor.offset + tensor.size) for tensor in self.tensors}
         return Replica(
             weights,
@@ -124,6 +135,7 @@ def write_bundle(
     cost: Mapping[str, int],
     pruning: Mapping[str, Any],
     head: Sequence[str] = (),
+    variants: Mapping[str, bytes] | None = None,
 ) -> Bundle:
     """Write a bundle folder; the weights are moved to the nearest points of their grids.
 
@@ -139,6 +151,7 @@ def write_bundle(
         pruning: How the net was made smaller.
         head: Names of the last linear layer's tensors, in the order of the layout, if the graph has the
             output ``head_gradient``: their gradient, row by row and one tensor after the other.
+        variants: ONNX files by name that compute the same with operators of the compiled kernel.
 
     Raises:
         BundleError: A weight is not finite.
@@ -151,6 +164,7 @@ def write_bundle(
     segments = plan_segments(flat, list(zip(starts, [*starts[1:], flat.size], strict=True)))
     snap(flat, segments)
     files = {"graph.onnx": graph, "weights.f32": flat.astype("<f4").tobytes()}
+    files |= {_variant_file(name): data for name, data in (variants or {}).items()}
     manifest = {
         "format": FORMAT,
         "model": model,
@@ -163,6 +177,7 @@ def write_bundle(
         "cost": dict(cost),
         "pruning": dict(pruning),
         "head": list(head),
+        "variants": list(variants or ()),
         "files": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -199,6 +214,7 @@ def read_bundle(folder: Path) -> Bundle:
             cost=manifest["cost"],
             pruning=manifest["pruning"],
             head=tuple(manifest.get("head", ())),
+            variants=tuple(manifest.get("variants", ())),
             identity=hashlib.sha256(raw).hexdigest(),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -206,6 +222,10 @@ def read_bundle(folder: Path) -> Bundle:
     if (folder / "weights.f32").stat().st_size != 4 * bundle.size:
         raise BundleError(f"{folder / 'weights.f32'} does not hold the {bundle.size} weights of the manifest")
     return bundle
+
+
+def _variant_file(variant: str) -> str:
+    return f"graph.{variant}.onnx"
 
 
 def _sha256(path: Path) -> str:

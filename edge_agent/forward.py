@@ -2,9 +2,11 @@
 
 The session reads the replica's own memory: every tensor is bound once by pointer into the flat
 vector, so that a perturbation needs no copy. Weights never become initializers, which ONNX Runtime
-would reorder, fuse and bake in.
+would reorder, fuse and bake in. Where the compiled kernel is there, the bundle's variant for this
+processor runs in place of the plain graph, after it gave the plain graph's loss.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,13 +15,23 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from edge_agent.bundle import Bundle
+from edge_agent.native.kernel import Kernel, find_kernel
 from profiles.errors import BundleError, EstimateError
 
 __all__ = ["Forward", "open_session"]
 
+_AGREEMENT = 1e-4  # by which a variant's loss may differ from the plain graph's, relative
 
-def open_session(graph: Path | bytes, *, threads: int = 1) -> ort.InferenceSession:
+
+def open_session(
+    graph: Path | bytes, *, threads: int = 1, operators: Path | None = None
+) -> ort.InferenceSession:
     """Open a session as a board runs it: arena on, no memory pattern, ``threads`` threads.
+
+    Args:
+        graph: The ONNX file or its bytes.
+        threads: Threads of ONNX Runtime.
+        operators: Library of the operators that the graph has beside ONNX Runtime's.
 
     Raises:
         BundleError: ONNX Runtime refuses the graph.
@@ -32,6 +44,8 @@ def open_session(graph: Path | bytes, *, threads: int = 1) -> ort.InferenceSessi
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     source = graph if isinstance(graph, bytes) else str(graph)
     try:
+        if operators is not None:
+            options.register_custom_ops_library(str(operators))
         return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise BundleError(f"ONNX Runtime {ort.__version__} refuses the graph: {error}") from None
@@ -45,6 +59,9 @@ class Forward:
         weights: Flat float32 vector; read at every call, never written and never copied.
         threads: Threads of ONNX Runtime.
         others: Further inputs by name, such as gates: contiguous float32, read at every call.
+
+    Attributes:
+        variant: Name of the graph's variant that runs; empty for the plain graph.
 
     Raises:
         BundleError: The graph's inputs are not the manifest's tensors.
@@ -64,26 +81,59 @@ class Forward:
                 f"weights must be a contiguous float32 vector of {bundle.size}, got {weights.shape}"
             )
         self._weights = weights
+        self._others = dict(others or {})
         self._session = open_session(bundle.graph_path, threads=threads)
         names = {node.name for node in self._session.get_inputs()}
-        self._others = dict(others or {})
         expected = {"x", "y", *self._others, *(tensor.name for tensor in bundle.tensors)}
         if names != expected:
             raise BundleError(
                 f"the graph and the manifest differ in {', '.join(sorted(names ^ expected))}: "
                 "every trainable tensor is a graph input"
             )
-        self._binding = self._session.io_binding()
-        for tensor in bundle.tensors:
-            pointer = weights.ctypes.data + 4 * tensor.offset
-            self._binding.bind_input(tensor.name, "cpu", 0, np.float32, tensor.shape, pointer)
-        for name, array in self._others.items():
-            self._binding.bind_input(name, "cpu", 0, np.float32, array.shape, array.ctypes.data)
         self._batch_size = 0
         self._outputs: tuple[str, ...] = ()
         self._head_gradient: NDArray[np.float32] | None = None
         self._options = ort.RunOptions()
         self._options.only_execute_path_to_fetches = True  # no gradient where nobody asks for it
+        self._bind(bundle)
+        self.variant = ""
+        if not self._others and (kernel := find_kernel()) is not None:
+            self._take_variant(bundle, kernel, threads)
+
+    def _bind(self, bundle: Bundle) -> None:
+        """Point the session's inputs at the weights."""
+        self._binding = self._session.io_binding()
+        for tensor in bundle.tensors:
+            pointer = self._weights.ctypes.data + 4 * tensor.offset
+            self._binding.bind_input(tensor.name, "cpu", 0, np.float32, tensor.shape, pointer)
+        for name, array in self._others.items():
+            self._binding.bind_input(name, "cpu", 0, np.float32, array.shape, array.ctypes.data)
+        self._batch_size = 0
+
+    def _take_variant(self, bundle: Bundle, kernel: Kernel, threads: int) -> None:
+        """Go over to the first variant for this processor that gives the plain graph's loss."""
+        x = np.linspace(-1, 1, 2 * math.prod(bundle.sample_shape), dtype=np.float32)
+        x = x.reshape(2, *bundle.sample_shape)
+        y = np.array([0, bundle.classes - 1], np.int64)
+        plain, expected = self._session, None
+        for variant in (f"blocked{kernel.image_block}", "fused"):
+            if variant not in bundle.variants:
+                continue
+            if expected is None:
+                expected = self.evaluate(x, y)[0]
+            try:
+                self._session = open_session(
+                    bundle.variant_path(variant), threads=threads, operators=kernel.file
+                )
+                self._bind(bundle)
+                if abs(self.evaluate(x, y)[0] - expected) <= _AGREEMENT * max(1.0, abs(expected)):
+                    self.variant = variant
+                    return
+            except (BundleError, EstimateError):  # another release of ONNX Runtime may lack an operator
+                continue
+        if self._session is not plain:
+            self._session = plain
+            self._bind(bundle)
 
     def loss(self, x: NDArray[np.float32], y: NDArray[np.int64], *, head: bool = False) -> float:
         """Return the mean loss of a batch: x of shape (n, *sample_shape), y of shape (n,).

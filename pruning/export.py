@@ -21,6 +21,7 @@ from torch.nn import functional
 from edge_agent.bundle import Bundle, flat_layout, write_bundle
 from edge_agent.forward import open_session
 from profiles.errors import ModelError
+from pruning.fuse import BLOCKS, block, fuse
 from pruning.weights import derive_seed
 
 __all__ = ["TOLERANCE", "Exported", "export_bundle", "export_graph", "write_exported"]
@@ -208,7 +209,17 @@ def write_exported(
         cost=cost(exported.graph),
         pruning=pruning,
         head=exported.head,
+        variants=_variants(exported.graph),
     )
+
+
+def _variants(graph: bytes) -> dict[str, bytes]:
+    """Return the graph's variants by the names under which :mod:`edge_agent.forward` looks for them."""
+    fused = fuse(graph)
+    if fused is None:
+        return {}
+    blocked = {f"blocked{size}": block(fused, size) for size in BLOCKS}
+    return {"fused": fused} | {name: variant for name, variant in blocked.items() if variant is not None}
 
 
 def _jitter(module: nn.Module) -> None:

@@ -217,7 +217,7 @@ def test_lines_are_found():
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_in_the_docs_exist(page):
     """What a page tells to type has the commands, targets, options and files that it names."""
-    targets = set(re.findall(r"^([a-z-]+):", text("Makefile"), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", text("Makefile") + text("native.mk"), re.MULTILINE))
     for line in shell_lines(page):
         first, *rest = words(line)
         if first == "make":

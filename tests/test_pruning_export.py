@@ -34,11 +34,7 @@ def free(graph):
 
 @pytest.mark.parametrize("name", NETS)
 def test_graph_keeps_the_contract(name):
-<<<<<<< HEAD
     """Inputs: x, y and all parameters; outputs: loss, correct, logits, head_gradient; no weight is fixed."""
-=======
-    """Inputs are x, y and every parameter, outputs as agreed; no weight is an initializer."""
->>>>>>> pruning
     net = build_model(name, sample_shape=NETS[name], classes=10)
     graph = onnx.load_model_from_string(export_graph(net, sample_shape=NETS[name], classes=10).graph).graph
     names = [k for k, _ in net.named_parameters()]

@@ -9,7 +9,6 @@ from typing import Annotated
 
 import typer
 
-<<<<<<< HEAD
 from coordinator.cli import (
     devices,
     doctor,
@@ -17,15 +16,13 @@ from coordinator.cli import (
     flash,
     log,
     profile,
+    prune,
     replay,
     report,
     simulate,
     swarm,
     testbed,
 )
-=======
-from coordinator.cli import log, profile, prune, replay, report, simulate, testbed
->>>>>>> pruning
 from profiles.errors import ScalarfedError
 
 __all__ = ["app", "main"]

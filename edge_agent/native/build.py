@@ -63,10 +63,11 @@ def build(target: Path, *, compiler: Sequence[str] = (), machine: str = "") -> N
             objects.append(f"{folder}/{name}.o")
             defines = (f"-DPATH={name}", f"-DLANES={lanes}", f"-DDOT={dot}")
             _run([*command, *flags, *defines, "-c", str(SOURCES / "path.c"), "-o", objects[-1]])
-        objects.append(f"{folder}/kernel.o")
-        _run([*command, "-c", str(SOURCES / "kernel.c"), "-o", objects[-1]])
+        for name in ("kernel", "ops"):
+            objects.append(f"{folder}/{name}.o")
+            _run([*command, "-c", str(SOURCES / f"{name}.c"), "-o", objects[-1]])
         linked = Path(folder) / target.name
-        _run([*command, "-shared", "-s", *objects, "-o", str(linked)])
+        _run([*command, "-shared", "-s", *objects, "-lm", "-o", str(linked)])
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f"{target.name}.{os.getpid()}")
         shutil.copyfile(linked, partial)

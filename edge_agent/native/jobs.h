@@ -36,6 +36,27 @@ struct update_job {
     float descent, keep, nu, floor;
 };
 
+enum { MOST_CHANNELS = 4096 };
+
+/* act(GroupNorm(x) + residual), samples of channels * area values. */
+struct norm_job {
+    float *out;
+    const float *x, *residual; /* residual may be NULL */
+    const float *scale, *bias; /* channels */
+    int64_t channels, groups, area;
+    int64_t block; /* channels side by side; 0 where each is apart */
+    float epsilon;
+    int32_t activation; /* Hardswish, or none */
+};
+
+/* A convolution's filter into the blocked layout. */
+struct filter_job {
+    float *out;
+    const float *filter;
+    int64_t outputs, inputs, cells, block;
+    int32_t narrow; /* only the output channels are blocked */
+};
+
 /* One compiled path. The functions return 0, or -1 where memory ran out. */
 struct path {
     const char *name;
@@ -43,6 +64,10 @@ struct path {
     int (*perturb)(const struct perturb_job *);
     int (*update)(const struct update_job *);
     uint64_t (*fold)(const uint32_t *words, int64_t size, int64_t first_block);
+    int lanes;
+    void (*norm_plain)(const struct norm_job *, int64_t sample, int64_t group);
+    void (*norm_blocked)(const struct norm_job *, int64_t sample);
+    void (*block_filter)(const struct filter_job *, int64_t outer);
 };
 
 #endif

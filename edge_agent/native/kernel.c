@@ -1,11 +1,9 @@
-/* The library's entry points: which paths there are, and calls to the path of a given number. */
-#include "jobs.h"
+/* The library's entry points for Python: which paths there are, and calls to the path of a given number. */
+#include <stdlib.h>
+#include <string.h>
 
-#if defined(_WIN32)
-#define EXPORT __declspec(dllexport)
-#else
-#define EXPORT __attribute__((visibility("default")))
-#endif
+#include "kernel.h"
+#include "processor.h"
 
 extern const struct path path_scalar;
 #if defined(__x86_64__)
@@ -32,9 +30,33 @@ EXPORT const char *scalarfed_path_name(int path) { return PATHS[path]->name; }
 
 EXPORT int scalarfed_path_supported(int path) { return PATHS[path]->supported(); }
 
+/* Channels that ONNX Runtime blocks images by on this processor: 16 with AVX-512, 0 where it does not. */
+EXPORT int scalarfed_image_block(void)
+{
+#if defined(__x86_64__)
+    return processor_runs(16, 0) ? 16 : processor_runs(8, 0) ? 8 : 0;
+#else
+    return 0;
+#endif
+}
+
 EXPORT int scalarfed_perturb(int path, const struct perturb_job *job) { return PATHS[path]->perturb(job); }
 
 EXPORT int scalarfed_update(int path, const struct update_job *job) { return PATHS[path]->update(job); }
+
+const struct path *best_path(int most_lanes)
+{
+    const char *named = getenv("SCALARFED_KERNEL");
+    const struct path *best = PATHS[0];
+    for (int path = 0; path < scalarfed_paths(); path++) {
+        if (PATHS[path]->lanes > most_lanes || !PATHS[path]->supported())
+            continue;
+        best = PATHS[path];
+        if (named && !strcmp(named, best->name))
+            break;
+    }
+    return best;
+}
 
 EXPORT uint64_t scalarfed_fold(int path, const uint32_t *words, int64_t size, int64_t first_block)
 {

@@ -90,11 +90,19 @@ class Kernel:
     Args:
         library: The loaded library.
         path: Number of the path in it.
+        file: Where the library lies; ONNX Runtime finds its operators there.
+
+    Attributes:
+        name: Of the path.
+        file: As given.
+        image_block: Channels that ONNX Runtime's convolutions on this processor want side by side, or 0.
     """
 
-    def __init__(self, library: ctypes.CDLL, path: int) -> None:
+    def __init__(self, library: ctypes.CDLL, path: int, file: Path) -> None:
         self._library, self._path = library, path
         self.name: str = library.scalarfed_path_name(path).decode()
+        self.file = file
+        self.image_block = int(library.scalarfed_image_block())
 
     def perturb(
         self,
@@ -261,7 +269,7 @@ def load_kernels(library: Path) -> dict[str, Kernel]:
     numbers = [
         number for number in range(loaded.scalarfed_paths()) if loaded.scalarfed_path_supported(number)
     ]
-    return {kernel.name: kernel for kernel in (Kernel(loaded, number) for number in numbers)}
+    return {kernel.name: kernel for kernel in (Kernel(loaded, number, library) for number in numbers)}
 
 
 def kernels() -> dict[str, Kernel]:

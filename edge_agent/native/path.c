@@ -4,6 +4,7 @@
 #endif
 
 #include "fold.h"
+#include "layers.h"
 #include "perturb.h"
 #include "processor.h"
 #include "update.h"
@@ -15,4 +16,6 @@
 
 static int supported(void) { return processor_runs(LANES, DOT); }
 
-const struct path NAME_OF(PATH) = {TEXT_OF(PATH), supported, perturb, update, fold};
+const struct path NAME_OF(PATH) = {
+    TEXT_OF(PATH), supported, perturb, update, fold, LANES, norm_plain, norm_blocked, block_filter,
+};

@@ -137,7 +137,7 @@ class Fleet:
         bundle = read_bundle(self.run / "bundle")
         with ScalarLog.open(self.run / "log.sqlite") as log:
             rounds = Rounds(
-                fleet=3, rounds=ROUNDS, plan_of=lambda round_: plan_of(self.experiment, round_),
+                fleet=3, rounds=ROUNDS, plan_of=lambda round_: plan_of(self.experiment, bundle, round_),
                 epoch=log.next_epoch(), replica=bundle.replica(), batch_size=16, central=False, cohort=None,
                 quorum=None, deadline_s=1200.0, resend_s=5.0, seed=7,
             )  # fmt: skip
