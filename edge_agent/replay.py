@@ -191,7 +191,7 @@ def _update(replica: Replica, record: RoundRecord) -> None:
     replica.clock.tick(constants)
     learning = Learning(0.0, constants.get("nu", 0.0), max(constants.get("floor", 0.0), _SMALLEST_CURVATURE))
     for numbers, segments in replica.reach(plan):
-        keys = [[plan.keys(step)[number] for number in numbers] for step in range(plan.steps)]
+        keys = [[every[n] for n in numbers] for every in map(plan.keys, range(plan.steps))]
         parts = [whole_scalars(_directed(method, plan, scalars)[numbers]) for scalars in record.scalars]
         wholes = np.stack([whole for whole, _ in parts])
         if method.moments:

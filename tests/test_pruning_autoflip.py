@@ -58,13 +58,13 @@ def test_guidance_is_the_mean_squared_deviation(bundle):
     found = guidance(bundle, {"a": one[0], "b": two[0]})
     held = np.concatenate([np.arange(t.offset, t.offset + t.size) for t in bundle.tensors])
     assert np.allclose(found[held], mean[held] / mean[held].max(), rtol=1e-6)
-    assert found.sum() == found[held].sum()  # the gaps between tensors move too, and do not count
+    assert not np.delete(found, held).any()  # the gaps between tensors move too, and do not count
     assert np.array_equal(found, guidance(bundle, {"b": two[0], "a": one[0]}))
 
 
 def test_guidance_sees_what_the_data_uses(bundle):
     """With more perturbations than weights, guidance ranks weights by the gradient they had."""
-    rounds, _ = exploration(bundle, 1, rounds=1, perturbations=8000)
+    rounds, _ = exploration(bundle, 1, rounds=1, perturbations=4000)
     found = guidance(bundle, {"a": rounds})
     net = prune_model("mlp", sample_shape=(6,), classes=3, hidden=(8,), method="none", seed=1).module
     x, y = (torch.from_numpy(v) for v in samples(1))
