@@ -262,7 +262,7 @@ def test_the_file_tree_names_every_module():
     ]
     assert len(modules) > 20
 
-    assert len(re.findall(r"\.py\b(?= )", file_tree()["file_tree"]())) == len(modules)
+    assert len(re.findall(r"(?m)^ +\S+\.py\b(?= )", file_tree()["file_tree"]())) == len(modules)
 
 
 def test_every_message_stands_in_the_wire_page():
