@@ -6,15 +6,51 @@ Knows how to say it. Does not know how a run works: the run tells an observer.
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol, TextIO
 
 from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-__all__ = ["BarProgress", "LineProgress", "Observer", "Silence"]
+__all__ = ["BarProgress", "LineProgress", "Observer", "Silence", "Standing"]
 
 _LINE_EVERY_S = 5.0
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far a run is after a round.
+
+    Attributes:
+        round: Rounds closed so far.
+        rounds: All of them.
+        loss: Mean loss of the round; None where it was skipped.
+        accuracy: The last evaluation's, if there was one.
+        alive: Agents that are there.
+        agents: All of them.
+        bytes_up: Bytes from the agents so far.
+        bytes_down: Bytes to the agents so far.
+    """
+
+    round: int
+    rounds: int
+    loss: float | None
+    accuracy: float | None
+    alive: int
+    agents: int
+    bytes_up: int
+    bytes_down: int
+
+    def figures(self) -> list[str]:
+        """Return what is said of the round, in short pieces."""
+        return [
+            "skipped" if self.loss is None else f"loss {self.loss:.3f}",
+            *([] if self.accuracy is None else [f"acc {self.accuracy:.1%}"]),
+            f"{self.alive}/{self.agents} alive",
+            f"{decimal(self.bytes_up, precision=0)} up",
+            f"{decimal(self.bytes_down, precision=0)} down",
+        ]
 
 
 class Observer(Protocol):
@@ -29,29 +65,8 @@ class Observer(Protocol):
     def pruning(self, done: int, total: int) -> None:
         """Hear how far the pruning is."""
 
-    def round(
-        self,
-        round: int,
-        rounds: int,
-        loss: float,
-        accuracy: float | None,
-        alive: int,
-        agents: int,
-        bytes_up: int,
-        bytes_down: int,
-    ) -> None:
-        """Hear that a round was closed.
-
-        Args:
-            round: Rounds closed so far.
-            rounds: All of them.
-            loss: Mean loss of the round; NaN where it was skipped.
-            accuracy: The last evaluation's, if there was one.
-            alive: Agents that are there.
-            agents: All of them.
-            bytes_up: Bytes from the agents so far.
-            bytes_down: Bytes to the agents so far.
-        """
+    def round(self, standing: Standing) -> None:
+        """Hear that a round was closed."""
 
 
 class Silence:
@@ -66,17 +81,7 @@ class Silence:
     def pruning(self, done: int, total: int) -> None:
         """Say nothing."""
 
-    def round(
-        self,
-        round: int,
-        rounds: int,
-        loss: float,
-        accuracy: float | None,
-        alive: int,
-        agents: int,
-        bytes_up: int,
-        bytes_down: int,
-    ) -> None:
+    def round(self, standing: Standing) -> None:
         """Say nothing."""
 
 
@@ -105,27 +110,16 @@ class LineProgress:
     def pruning(self, done: int, total: int) -> None:
         """Say nothing: the stage was told, and it is short."""
 
-    def round(
-        self,
-        round: int,
-        rounds: int,
-        loss: float,
-        accuracy: float | None,
-        alive: int,
-        agents: int,
-        bytes_up: int,
-        bytes_down: int,
-    ) -> None:
+    def round(self, standing: Standing) -> None:
         """Write a line for the first and the last round, and otherwise when the last one is 5 s old."""
-        now = self._clock()
+        round, rounds, now = standing.round, standing.rounds, self._clock()
         self._first = self._first or (round, now)
         if round < rounds and now - self._said_at < _LINE_EVERY_S:
             return
         self._said_at = now
         done, since = round - self._first[0], now - self._first[1]
         left = f"  {_duration((rounds - round) * since / done)} left" if done and round < rounds else ""
-        figures = _figures(loss, accuracy, alive, agents, bytes_up, bytes_down)
-        self.line(f"round {round}/{rounds}  {'  '.join(figures)}{left}")
+        self.line(f"round {round}/{rounds}  {'  '.join(standing.figures())}{left}")
 
 
 class BarProgress:
@@ -162,38 +156,15 @@ class BarProgress:
         task = self._task("prune", done, total)
         self._progress.update(task, completed=done, visible=done < total)
 
-    def round(
-        self,
-        round: int,
-        rounds: int,
-        loss: float,
-        accuracy: float | None,
-        alive: int,
-        agents: int,
-        bytes_up: int,
-        bytes_down: int,
-    ) -> None:
+    def round(self, standing: Standing) -> None:
         """Move the training's bar."""
-        task = self._task("round", round - 1, rounds)
-        figures = _figures(loss, accuracy, alive, agents, bytes_up, bytes_down)
-        self._progress.update(task, completed=round, figures=_plain(" ".join(figures)))
+        task = self._task("round", standing.round - 1, standing.rounds)
+        self._progress.update(task, completed=standing.round, figures=_plain(" ".join(standing.figures())))
 
     def _task(self, name: str, done: int, total: int) -> TaskID:
         if name not in self._tasks:
             self._tasks[name] = self._progress.add_task(name, total=total, completed=done, figures="")
         return self._tasks[name]
-
-
-def _figures(
-    loss: float, accuracy: float | None, alive: int, agents: int, bytes_up: int, bytes_down: int
-) -> list[str]:
-    return [
-        "skipped" if math.isnan(loss) else f"loss {loss:.3f}",
-        *([] if accuracy is None else [f"acc {accuracy:.1%}"]),
-        f"{alive}/{agents} alive",
-        f"{decimal(bytes_up, precision=0)} up",
-        f"{decimal(bytes_down, precision=0)} down",
-    ]
 
 
 def _duration(seconds: float) -> str:

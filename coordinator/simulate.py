@@ -21,7 +21,7 @@ from coordinator.config import dump
 from coordinator.experiment import Experiment
 from coordinator.health import Health
 from coordinator.partition import partition
-from coordinator.progress import Observer
+from coordinator.progress import Observer, Standing
 from coordinator.rounds import Action, Announce, Commit, Rounds
 from coordinator.scalar_log import ScalarLog
 from coordinator.testbed import Evaluator, make_bundle, read_samples, rounds_of
@@ -116,15 +116,18 @@ def _simulate(experiment: Experiment, folder: Path, observer: Observer) -> dict[
             if done % experiment.evaluation.every == 0 or done == experiment.rounds:
                 log.add_evaluation(done, *judge())
             known = log.last_evaluation()
+            accuracy = known[1] if known else None
             observer.round(
-                done,
-                experiment.rounds,
-                float("nan") if action.loss is None else action.loss,
-                known[1] if known else None,
-                len(names),
-                len(names),
-                spent.bytes_up,
-                spent.bytes_down,
+                Standing(
+                    done,
+                    experiment.rounds,
+                    action.loss,
+                    accuracy,
+                    len(names),
+                    len(names),
+                    spent.bytes_up,
+                    spent.bytes_down,
+                )
             )
 
         play(rounds, bundle, train, parts, on_commit=on_commit, spent=spent)

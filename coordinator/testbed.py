@@ -21,7 +21,7 @@ from coordinator.config import dump, load_experiment
 from coordinator.experiment import AgentPlan, Experiment
 from coordinator.health import Health
 from coordinator.partition import partition
-from coordinator.progress import Observer
+from coordinator.progress import Observer, Standing
 from coordinator.rebuild import CHECKPOINT, resume_replica
 from coordinator.report import write_report
 from coordinator.rounds import Rounds
@@ -366,14 +366,9 @@ def _train(
             observer.line(f"round {done}: {text}")
         if done % experiment.evaluation.every == 0 or done == experiment.rounds:
             evaluate_now()
+        agents = len(experiment.agents)
         observer.round(
-            done,
-            experiment.rounds,
-            math.nan if loss is None else loss,
-            accuracy,
-            service.online(),
-            len(experiment.agents),
-            *service.bytes_seen(),
+            Standing(done, experiment.rounds, loss, accuracy, service.online(), agents, *service.bytes_seen())
         )
 
     with _fleet(experiment, out, broker, log) as supervisor:

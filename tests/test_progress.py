@@ -1,16 +1,15 @@
 """Tests of coordinator.progress."""
 
 import io
-import math
 
 from rich.console import Console
 
-from coordinator.progress import BarProgress, LineProgress, Observer, Silence
+from coordinator.progress import BarProgress, LineProgress, Observer, Silence, Standing
 
 
-def tell(observer: Observer, round_: int, *, loss: float = 0.5, accuracy: float | None = None) -> None:
+def tell(observer: Observer, round_: int, *, loss: float | None = 0.5, accuracy: float | None = None) -> None:
     """Tell of a closed round of ten."""
-    observer.round(round_, 10, loss, accuracy, 5, 6, 1234, 98765)
+    observer.round(Standing(round_, 10, loss, accuracy, 5, 6, 1234, 98765))
 
 
 def test_lines_are_written_every_few_seconds():
@@ -54,7 +53,7 @@ def test_skipped_round_has_no_loss():
     """A round without a quorum is called skipped."""
     stream = io.StringIO()
 
-    tell(LineProgress(stream), 1, loss=math.nan)
+    tell(LineProgress(stream), 1, loss=None)
 
     assert "skipped" in stream.getvalue()
     assert "nan" not in stream.getvalue()
@@ -79,7 +78,7 @@ def test_bar_fits_a_narrow_terminal():
     """On 80 columns no figure is cut, and the line is no longer."""
     stream = io.StringIO()
     with BarProgress(Console(file=stream, width=80, force_terminal=False)) as bar:
-        bar.round(400, 400, 0.5, 1.0, 16, 16, 123_456_789, 987_654_321)
+        bar.round(Standing(400, 400, 0.5, 1.0, 16, 16, 123_456_789, 987_654_321))
 
     last = stream.getvalue().splitlines()[-1]
     assert len(last) <= 80
