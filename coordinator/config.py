@@ -43,6 +43,7 @@ _OPEN_RANGES = {
     **dict.fromkeys(("smoothing", "nu", "momentum", "beta1", "beta2", "average", "decay"), (0.0, 1.0)),
     **dict.fromkeys(("floor", "head_rate", "stabiliser", "clip"), (0.0, 1e6)),
     "kept": (1e-6, 1.0),
+    "levels": (1.0, 17.0),
 }
 """Where the constants of the methods work: from the first number up to, and not with, the second."""
 
@@ -214,6 +215,14 @@ def _check_together(experiment: Experiment, faults: Faults) -> None:
             )
     if faults.clear("method"):
         _check_method(experiment.method, faults)
+    if faults.clear("pruning.widths", "method.name"):
+        rule = METHODS[experiment.method.name]
+        if experiment.pruning.widths and not rule.nested:
+            faults.refuse(
+                "pruning.widths",
+                list(experiment.pruning.widths),
+                f'needs `method.name = "nested"`: `{rule.name}` trains one net on all boards.',
+            )
     if faults.clear("fleet.deadline_s", "fleet.resend_s") and fleet.resend_s > fleet.deadline_s:
         faults.refuse(
             "fleet.resend_s",

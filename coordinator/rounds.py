@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from coordinator.aggregation import aggregate, mean_loss, tolerated
 from coordinator.outliers import Outliers
@@ -111,7 +112,7 @@ class _Open:
     opened_s: float
     announced_s: float
     resend_s: float
-    digest: int
+    digests: tuple[int, ...]
     members: frozenset[int]
     waiting: set[int]
     present: set[int]
@@ -141,11 +142,13 @@ class Rounds:
         seed: Decides who is asked.
         rule: How the replies become one; see :data:`coordinator.aggregation.RULES`.
         liars: The share of the agents that may lie; the mean trusts all.
+        levels: Which width of the family each agent holds, 0 for the narrowest; empty without a family.
 
     Attributes:
         dropped: Count of replies that changed nothing, by reason.
         members: What is known of each agent, by number.
         replica: The coordinator's replica.
+        levels: Which width of the family each agent holds.
         outliers: Statistics of who answers unlike the others.
     """
 
@@ -167,6 +170,7 @@ class Rounds:
         seed: int,
         rule: str = "mean",
         liars: float = 0.2,
+        levels: Sequence[int] = (),
     ) -> None:
         self.dropped: Counter[str] = Counter()
         self.outliers = Outliers()
@@ -185,6 +189,7 @@ class Rounds:
         self._seed = seed
         self._rule = rule
         self._liars = liars
+        self.levels = tuple(levels) or (0,) * fleet
         self._open: _Open | None = None
         self._link_up = True
         self._heard_online = 0
@@ -323,7 +328,7 @@ class Rounds:
             return "wrong number of scalars"
         if not 1 <= reply.samples <= opened.message.batch_size:
             return "wrong number of samples"
-        if reply.digest != opened.digest:
+        if reply.digest != opened.digests[self.levels[agent]]:
             return "digest disagrees"
         return None
 
@@ -344,15 +349,16 @@ class Rounds:
         counted = opened.counted
         plan = opened.message.plan
         skipped = len(counted) < max(1, self._needed(opened))
-        shape = (plan.steps, plan.scalars)
+        shape = (plan.steps, plan.logged_scalars)
         changes = [] if skipped else self.outliers.observe(counted)
-        flat = np.zeros(plan.steps * plan.scalars, np.float32)
+        scalars = np.zeros(shape, np.float32)
         trusted, liars = self._trusted(counted)
         if not skipped:
-            flat = aggregate(trusted, rule=self._rule, liars=liars)
-        record = RoundRecord(plan, self._epoch, skipped, flat.reshape(shape), digest=0)
+            scalars = self._aggregate(plan, trusted, liars)
+        record = RoundRecord(plan, self._epoch, skipped, scalars, digest=0)
         apply_record(self.replica, record, check=False)
-        record = replace(record, digest=self.replica.digest())
+        *narrower, digest = self.replica.digests()
+        record = replace(record, digest=digest, narrower=tuple(narrower))
         self._recent = [*self._recent, record][-_RECENT:]
         self._open = None
         self._stragglers[plan.round] = opened.waiting
@@ -369,6 +375,15 @@ class Rounds:
         loss = None if skipped else mean_loss(trusted)
         actions.append(Commit(record, loss, opened.opened_s, replies))
         return actions + self._open_next(now)
+
+    def _aggregate(self, plan: RoundPlan, trusted: dict[int, Reply], liars: float) -> NDArray[np.float32]:
+        """Return a record's scalars: for each level, over the agents that hold it; zeros if nobody does."""
+        parts = np.zeros((plan.levels, plan.steps, plan.scalars), np.float32)
+        for level, part in enumerate(parts):
+            holders = {a: reply for a, reply in trusted.items() if self.levels[a] >= level}
+            if holders:
+                part[...] = aggregate(holders, rule=self._rule, liars=liars).reshape(part.shape)
+        return np.concatenate(list(parts), axis=1)
 
     def _trusted(self, counted: dict[int, Reply]) -> tuple[dict[int, Reply], float]:
         """Return the replies without those of suspects, and what share of them may still lie.
@@ -418,7 +433,9 @@ class Rounds:
             opened_s=now,
             announced_s=now,
             resend_s=self._resend_s,
-            digest=self._recent[-1].digest if self._recent else self.replica.digest(),
+            digests=(*self._recent[-1].narrower, self._recent[-1].digest)
+            if self._recent
+            else self.replica.digests(),
             members=frozenset(members),
             waiting=set(members),
             present={agent for agent in members if self.members[agent].online},

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.config import load_experiment
+from coordinator.family import read_family
 from coordinator.rebuild import CHECKPOINT, resume_replica
 from coordinator.scalar_log import ScalarLog
 from coordinator.service import Service
@@ -47,7 +48,12 @@ def serve_run(
         epoch = log.next_epoch()
         log.add_event("coordinator started", "", f"epoch {epoch}, round {replica.round}")
         rounds = rounds_of(
-            experiment, bundle, replica, epoch=epoch, recent=list(log.records(max(0, replica.round - 4)))
+            experiment,
+            bundle,
+            replica,
+            epoch=epoch,
+            recent=list(log.records(max(0, replica.round - 4))),
+            levels=json.loads(log.meta().get("levels", "[]")),
         )
         link = MqttLink(broker, client_id=f"{experiment.name}-coordinator")
         service = Service(
@@ -57,6 +63,7 @@ def serve_run(
             rounds=rounds,
             agents=[agent.name for agent in experiment.agents],
             bundle_identity=bundle.identity,
+            narrower=[one.identity for one in read_family(bundle.folder)[:-1]],
             checkpoint=run / CHECKPOINT,
             on_commit=on_commit,
         )

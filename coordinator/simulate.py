@@ -19,16 +19,18 @@ from numpy.typing import NDArray
 
 from coordinator.config import dump
 from coordinator.experiment import Experiment
+from coordinator.family import deal_levels, read_family
 from coordinator.health import Health
 from coordinator.partition import partition
 from coordinator.progress import Observer, Standing
 from coordinator.rounds import Action, Announce, Commit, Rounds
 from coordinator.scalar_log import ScalarLog
-from coordinator.testbed import Evaluator, make_bundle, read_samples, rounds_of
+from coordinator.testbed import Evaluator, judge_widths, make_bundle, read_samples, rounds_of
 from edge_agent.bundle import Bundle
 from edge_agent.data import Samples
 from edge_agent.forward import Forward
 from edge_agent.measure import measure
+from edge_agent.replay import Replica
 from edge_agent.wire import Reply, RoundOpen, decode, encode
 from profiles.errors import ConfigError, EstimateError
 from profiles.memory import peak_rss_mib
@@ -93,13 +95,18 @@ def _simulate(experiment: Experiment, folder: Path, observer: Observer) -> dict[
     train, test = read_samples(experiment)
     parts = deal(experiment, train)
     bundle = make_bundle(experiment, folder / "bundle", train, observer)
+    family = None
+    if bundle.stops:
+        slices = {a.name: train.pick(part) for a, part in zip(experiment.agents, parts, strict=True)}
+        family = deal_levels(experiment, read_family(bundle.folder), slices)
     (folder / "experiment.toml").write_text(dump(experiment), encoding="utf-8")
     meta = {"bundle": bundle.identity, "name": experiment.name, "rounds": str(experiment.rounds)}
     names = [agent.name for agent in experiment.agents]
     with ScalarLog.create(folder / "log.sqlite", meta) as log:
         log.set_agents([(a.id, a.name, a.profile, a.memory_mib, None) for a in experiment.agents])
         replica = bundle.replica()
-        rounds = rounds_of(experiment, bundle, replica, epoch=log.next_epoch())
+        levels = family.levels if family is not None else ()
+        rounds = rounds_of(experiment, bundle, replica, epoch=log.next_epoch(), levels=levels)
         judge = Evaluator(bundle, replica, test)
         log.add_evaluation(0, *judge())
         observer.stage(f"simulating {len(names)} agents by {experiment.method.name}")
@@ -130,7 +137,8 @@ def _simulate(experiment: Experiment, folder: Path, observer: Observer) -> dict[
                 )
             )
 
-        play(rounds, bundle, train, parts, on_commit=on_commit, spent=spent)
+        narrower = family.bundles[:-1] if family is not None else ()
+        play(rounds, bundle, train, parts, narrower=narrower, on_commit=on_commit, spent=spent)
         loss, accuracy = log.last_evaluation() or (None, None)
         summary = {
             "name": experiment.name,
@@ -149,6 +157,8 @@ def _simulate(experiment: Experiment, folder: Path, observer: Observer) -> dict[
             "bundle": bundle.identity,
             "seed": experiment.seed,
         }
+        if family is not None:
+            summary["widths"] = judge_widths(family.bundles, replica, levels, test)
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     return summary
 
@@ -171,6 +181,7 @@ def play(
     train: Samples,
     parts: Sequence[NDArray[np.int64]],
     *,
+    narrower: Sequence[Bundle] = (),
     on_commit: Callable[[Commit], None],
     spent: Spending,
     stop: Callable[[], bool] = lambda: False,
@@ -182,12 +193,14 @@ def play(
         bundle: What is trained.
         train: All samples.
         parts: For each agent the indices of its own.
+        narrower: Of a nested family, the other bundles, the narrowest first.
         on_commit: Called with every record, in order.
         spent: Counts what the agents would have spent.
         stop: Asked after every record; True ends the simulation.
     """
     replica = rounds.replica
-    forward = Forward(bundle, replica.weights)
+    views = [*(replica.at_level(level) for level in range(len(narrower))), replica]
+    forwards = [Forward(one, view.weights) for one, view in zip([*narrower, bundle], views, strict=True)]
     pending: deque[Action] = deque(rounds.start(0.0))
     while pending:
         action = pending.popleft()
@@ -197,22 +210,24 @@ def play(
                 return
         elif isinstance(action, Announce) and not action.message.closing:
             opened, size = action.message, len(encode(action.message))
-            digest = replica.digest()
+            digests = [view.digest() for view in views]
             for number in range(len(parts)):
                 if number in opened.cohort:
-                    reply = _reply(forward, train, parts[number], opened, number, digest, rounds, spent)
+                    held = rounds.levels[number] if narrower else 0
+                    seen = forwards[held], views[held], digests[held]
+                    reply = _reply(*seen, train, parts[number], opened, number, spent)
                     spent.bytes_down += size
                     pending.extend(rounds.on_reply(number, reply, 0.0))
 
 
 def _reply(
     forward: Forward,
+    replica: Replica,
+    digest: int,
     train: Samples,
     part: NDArray[np.int64],
     opened: RoundOpen,
     number: int,
-    digest: int,
-    rounds: Rounds,
     spent: Spending,
 ) -> Reply:
     """Return what an agent answers, after its way through the bytes of the wire."""
@@ -226,7 +241,7 @@ def _reply(
         digest=digest,
     )
     try:
-        made = measure(forward, train, rounds.replica, opened, number, own=part)
+        made = measure(forward, train, replica, opened, number, own=part)
         reply = replace(reply, loss=made.loss, scalars=made.scalars.reshape(-1))
         spent.forwards += made.forwards
     except EstimateError:

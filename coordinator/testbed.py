@@ -9,7 +9,7 @@ import contextlib
 import json
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ import numpy as np
 
 from coordinator.broker import Broker, open_broker
 from coordinator.config import dump, load_experiment
-from coordinator.experiment import AgentPlan, Experiment
+from coordinator.experiment import Experiment
+from coordinator.family import deal_levels, folders_of, read_family
 from coordinator.health import Health
 from coordinator.partition import partition
 from coordinator.progress import Observer, Standing
@@ -37,13 +38,13 @@ from edge_agent.optimizer import METHODS
 from edge_agent.replay import Replica
 from edge_agent.topics import Topics
 from edge_agent.wire import RoundPlan, RoundRecord
-from profiles.budget import Prediction, check_memory, predict_peak_mib
-from profiles.cost import Cost, graph_cost
+from profiles.cost import graph_cost
 from profiles.errors import ConfigError, DataError, ScalarfedError
 
 __all__ = [
     "Evaluator",
     "evaluate",
+    "judge_widths",
     "make_bundle",
     "plan_of",
     "prepare",
@@ -97,7 +98,9 @@ def run_testbed(experiment: Experiment, *, out: Path, resume: bool, observer: Ob
             log.add_event("interrupted", "", f"{type(error).__name__}: {error}")
             raise
         observer.stage("writing the report")
-        summary = write_summary(out, experiment, bundle, log, service)
+        family = read_family(bundle.folder)
+        widths = judge_widths(family, service.replica, service.levels, test) if bundle.stops else []
+        summary = write_summary(out, experiment, family, log, service, widths=widths)
     write_report(out)
     return summary
 
@@ -152,7 +155,7 @@ def _prepare(experiment: Experiment, folder: Path, observer: Observer) -> None:
     )
     bundle = make_bundle(experiment, folder / "bundle", train, observer)
     slices = {agent.name: train.pick(part) for agent, part in zip(agents, parts, strict=True)}
-    predictions = {agent.name: _predict(experiment, bundle, agent, slices[agent.name]) for agent in agents}
+    family = deal_levels(experiment, read_family(bundle.folder), slices)
     (folder / "agents").mkdir()
     for name, samples in slices.items():
         home = folder / "agents" / name
@@ -161,12 +164,17 @@ def _prepare(experiment: Experiment, folder: Path, observer: Observer) -> None:
     (folder / "experiment.toml").write_text(dump(experiment), encoding="utf-8")
     with ScalarLog.create(
         folder / "log.sqlite",
-        {"bundle": bundle.identity, "name": experiment.name, "rounds": str(experiment.rounds)},
+        {
+            "bundle": bundle.identity,
+            "name": experiment.name,
+            "rounds": str(experiment.rounds),
+            "levels": json.dumps(family.levels),
+        },
     ) as log:
         log.set_agents(
             [
-                (agent.id, agent.name, agent.profile, agent.memory_mib, predictions[agent.name].total_mib)
-                for agent in agents
+                (agent.id, agent.name, agent.profile, agent.memory_mib, needed.total_mib)
+                for agent, needed in zip(agents, family.predictions, strict=True)
             ]
         )
 
@@ -174,17 +182,24 @@ def _prepare(experiment: Experiment, folder: Path, observer: Observer) -> None:
 def make_bundle(experiment: Experiment, folder: Path, train: Samples, observer: Observer) -> Bundle:
     """Prune the experiment's model for its data and write it as a bundle.
 
+    Where the experiment names widths, their bundles are written beside it, and the widest is returned.
+
     Raises:
         ConfigError: The method needs what the graph cannot tell.
         ModelError: The density cannot be reached, or the net cannot be exported.
     """
     from pruning.models import choose_model, standardisation
+    from pruning.nested import write_family
     from pruning.prune import prune_model, write_pruned
 
     settings = experiment.pruning
     inputs, classes = to_inputs(train.x), int(train.y.max()) + 1
     model = choose_model(experiment.model.name, sample_shape=inputs.shape[1:])
     observer.stage(f"pruning {model} to density {settings.density:g} by {settings.method}")
+    shared: dict[str, Any] = {
+        "hidden": experiment.model.hidden if model == "mlp" else None,
+        "standardise": standardisation(inputs),
+    }
     pruned = prune_model(
         model,
         sample_shape=inputs.shape[1:],
@@ -194,15 +209,20 @@ def make_bundle(experiment: Experiment, folder: Path, train: Samples, observer: 
         draws=settings.draws,
         schedule_steps=settings.schedule_steps,
         seed=experiment.seed,
-        hidden=experiment.model.hidden if model == "mlp" else None,
-        standardise=standardisation(inputs),
         progress=observer.pruning,
+        **shared,
     )
     observer.line(
         f"{pruned.model}: {pruned.params_dense:,} -> {pruned.params:,} parameters, "
         f"{pruned.macs_dense:,} -> {pruned.macs:,} MACs a sample"
     )
-    bundle = write_pruned(pruned, folder, cost=lambda graph: graph_cost(graph).as_dict())
+    if settings.widths:
+        folders = folders_of(folder, len(settings.widths))[::-1]
+        family = write_family(pruned, folders, fractions=settings.widths, cost=_cost, **shared)
+        sizes = ", ".join(f"{bundle.params:,}" for bundle in family)
+        observer.line(f"{len(family)} nested widths of {sizes} parameters")
+        return family[-1]
+    bundle = write_pruned(pruned, folder, cost=_cost)
     if METHODS[experiment.method.name].head and experiment.method.exact and not bundle.head:
         raise ConfigError(
             f"`{experiment.method.name}` needs the last layer's gradient, and the last layer of "
@@ -212,27 +232,8 @@ def make_bundle(experiment: Experiment, folder: Path, train: Samples, observer: 
     return bundle
 
 
-def _predict(experiment: Experiment, bundle: Bundle, agent: AgentPlan, samples: Samples) -> Prediction:
-    """Return what the agent will need at its peak.
-
-    Raises:
-        BudgetError: More than it may use; says what would fit.
-    """
-    prediction = predict_peak_mib(
-        Cost.from_dict(bundle.cost, params=bundle.params),
-        batch_size=experiment.method.batch_size,
-        curvature_bytes_per_param=METHODS[experiment.method.name].bytes_per_weight,
-        data_bytes=samples.x.nbytes + samples.y.nbytes,
-        graph_bytes=bundle.graph_path.stat().st_size,
-    )
-    check_memory(
-        prediction,
-        agent.memory_mib,
-        model=bundle.model,
-        device=agent.name,
-        density=bundle.params / bundle.pruning["params_dense"],
-    )
-    return prediction
+def _cost(graph: bytes) -> Mapping[str, int]:
+    return graph_cost(graph).as_dict()
 
 
 def plan_of(experiment: Experiment, bundle: Bundle, round_: int) -> RoundPlan:
@@ -246,6 +247,8 @@ def plan_of(experiment: Experiment, bundle: Bundle, round_: int) -> RoundPlan:
         name: value * (factor if name in method.scheduled else 1.0)
         for name, value in settings.constants.items()
     }
+    if method.nested:
+        constants["levels"] = max(1, len(bundle.stops))
     layer = sum(tensor.size for tensor in bundle.tensors if tensor.name in bundle.head)
     return RoundPlan(
         round=round_,
@@ -267,6 +270,7 @@ def rounds_of(
     *,
     epoch: int,
     recent: Sequence[RoundRecord] = (),
+    levels: Sequence[int] = (),
 ) -> Rounds:
     """Return the state machine of an experiment's rounds, not yet started.
 
@@ -276,6 +280,7 @@ def rounds_of(
         replica: The coordinator's, at the round to go on with.
         epoch: Incarnation of the coordinator.
         recent: The records just before that round.
+        levels: By agent number, the width of the family that it holds.
     """
     return Rounds(
         fleet=len(experiment.agents),
@@ -293,6 +298,7 @@ def rounds_of(
         seed=experiment.seed,
         rule=experiment.fleet.aggregation,
         liars=experiment.fleet.liars,
+        levels=levels,
     )
 
 
@@ -333,6 +339,32 @@ def evaluate(forward: Forward, samples: Samples) -> tuple[float, float]:
     return losses / len(samples), right / len(samples)
 
 
+def judge_widths(
+    bundles: Sequence[Bundle], replica: Replica, levels: Sequence[int], test: Samples
+) -> list[dict[str, Any]]:
+    """Return what each width of a family is and can: parameters, FLOPs, agents that hold it, accuracy.
+
+    Args:
+        bundles: The narrowest first.
+        replica: The widest one's.
+        levels: By agent number, the index of its bundle.
+        test: Samples that no agent has.
+    """
+    judged = []
+    for level, bundle in enumerate(bundles):
+        loss, accuracy = evaluate(Forward(bundle, replica.at_level(level).weights), test)
+        judged.append(
+            {
+                "params": bundle.params,
+                "forward_flops": bundle.cost["forward_flops"],
+                "agents": list(levels).count(level),
+                "test_loss": loss,
+                "test_accuracy": accuracy,
+            }
+        )
+    return judged
+
+
 def _train(
     experiment: Experiment,
     out: Path,
@@ -346,9 +378,16 @@ def _train(
     epoch = log.next_epoch()
     replica = resume_replica(bundle, log, checkpoint=out / CHECKPOINT, run=experiment.name)
     judge = Evaluator(bundle, replica, test)
+    levels = json.loads(log.meta().get("levels", "[]"))
+    family = read_family(bundle.folder)
     log.add_event("coordinator started", "", f"epoch {epoch}, round {replica.round}")
     rounds = rounds_of(
-        experiment, bundle, replica, epoch=epoch, recent=list(log.records(max(0, replica.round - 4)))
+        experiment,
+        bundle,
+        replica,
+        epoch=epoch,
+        recent=list(log.records(max(0, replica.round - 4))),
+        levels=levels,
     )
     accuracy: float | None = None
 
@@ -371,7 +410,7 @@ def _train(
             Standing(done, experiment.rounds, loss, accuracy, service.online(), agents, *service.bytes_seen())
         )
 
-    with _fleet(experiment, out, broker, log) as supervisor:
+    with _fleet(experiment, out, broker, log, levels) as supervisor:
 
         def on_idle() -> None:
             supervisor.watch()
@@ -388,6 +427,7 @@ def _train(
             rounds=rounds,
             agents=[agent.name for agent in experiment.agents],
             bundle_identity=bundle.identity,
+            narrower=[one.identity for one in family[:-1]],
             checkpoint=out / CHECKPOINT,
             on_commit=on_commit,
             on_idle=on_idle,
@@ -405,13 +445,17 @@ def _train(
 
 
 @contextlib.contextmanager
-def _fleet(experiment: Experiment, out: Path, broker: Broker, log: ScalarLog) -> Iterator[Supervisor]:
+def _fleet(
+    experiment: Experiment, out: Path, broker: Broker, log: ScalarLog, levels: Sequence[int]
+) -> Iterator[Supervisor]:
     folder = out / "agents"
+    bundles = folders_of(out / "bundle", len(experiment.pruning.widths))
     commands = {
         agent.name: [
             *agent_command(),
             *("--broker", broker.url, "--run", _run_name(experiment), "--name", agent.name),
-            *("--bundle", str(out / "bundle"), "--data", str(folder / agent.name / "data.npz")),
+            *("--bundle", str(bundles[levels[agent.id]] if levels else bundles[-1])),
+            *("--data", str(folder / agent.name / "data.npz")),
             *("--state", str(folder / agent.name), "--profile", agent.profile),
             *("--memory-mib", f"{agent.memory_mib:g}"),
         ]

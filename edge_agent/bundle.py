@@ -63,6 +63,8 @@ class Bundle:
         head: Names of the tensors whose gradient the graph tells as ``head_gradient``; empty if it does not.
         variants: Names of further graphs that compute the same with operators of the compiled kernel.
         identity: SHA-256 of the manifest, hexadecimal: names the bundle.
+        stops: Where each width of a family of nets ends in the flat vector; empty without a family.
+        family: Identity of the family's widest bundle, which names the run's; empty for that one itself.
     """
 
     folder: Path
@@ -77,6 +79,8 @@ class Bundle:
     head: tuple[str, ...]
     variants: tuple[str, ...]
     identity: str
+    stops: tuple[int, ...] = ()
+    family: str = ""
 
     @property
     def params(self) -> int:
@@ -107,6 +111,7 @@ class Bundle:
             self.segments,
             tensors=tuple(spans.values()),
             head=tuple(spans[name] for name in self.head),
+            stops=self.stops,
         )
 
 
@@ -136,6 +141,8 @@ def write_bundle(
     pruning: Mapping[str, Any],
     head: Sequence[str] = (),
     variants: Mapping[str, bytes] | None = None,
+    stops: Sequence[int] = (),
+    family: str = "",
 ) -> Bundle:
     """Write a bundle folder; the weights are moved to the nearest points of their grids.
 
@@ -152,6 +159,8 @@ def write_bundle(
         head: Names of the last linear layer's tensors, in the order of the layout, if the graph has the
             output ``head_gradient``: their gradient, row by row and one tensor after the other.
         variants: ONNX files by name that compute the same with operators of the compiled kernel.
+        stops: As in :class:`Bundle`, and so is the following.
+        family: Identity of the widest bundle.
 
     Raises:
         BundleError: A weight is not finite.
@@ -180,6 +189,8 @@ def write_bundle(
         "variants": list(variants or ()),
         "files": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
     }
+    if stops:
+        manifest |= {"stops": list(stops), "family": family}
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
         (folder / name).write_bytes(data)
@@ -216,6 +227,8 @@ def read_bundle(folder: Path) -> Bundle:
             head=tuple(manifest.get("head", ())),
             variants=tuple(manifest.get("variants", ())),
             identity=hashlib.sha256(raw).hexdigest(),
+            stops=tuple(manifest.get("stops", ())),
+            family=manifest.get("family", ""),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BundleError(f"{folder} is not a whole bundle: {type(error).__name__}: {error}") from None

@@ -29,6 +29,8 @@ class Method:
         head: Whether a plan may ask for exact scalars of the last layer.
         fresh: Whether every perturbation is measured on a batch of its own (central differences only).
         scheduled: Constants that follow the schedule of the learning rate.
+        nested: Whether boards may hold narrower nets of one family, each weight moving by the mean over the
+            agents that hold it; the constant ``levels`` counts the widths.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Method:
     head: bool = False
     fresh: bool = False
     scheduled: tuple[str, ...] = ()
+    nested: bool = False
 
     @property
     def losses(self) -> int:
@@ -65,6 +68,11 @@ class Method:
     def values(self, given: Mapping[str, float]) -> tuple[float, ...]:
         """Return the constants in a record's order, the given ones over the defaults."""
         return tuple(float(given.get(name, default)) for name, default in self.constants.items())
+
+    def levels(self, values: tuple[float, ...]) -> int:
+        """Return how many widths a family has; 1 where all boards hold the same net, 0 for no number."""
+        count = self.named(values)["levels"] if self.nested else 1.0
+        return int(count) if count in range(1, 256) else 0
 
     def named(self, values: tuple[float, ...]) -> dict[str, float]:
         """Return a record's constants by name."""
@@ -162,6 +170,13 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 MappingProxyType({"kept": 0.1}),
                 "a fixed random share of the weights is perturbed and moves (arXiv 2402.11592)",
                 directions="sparse",
+            ),
+            Method(
+                "nested",
+                15,
+                MappingProxyType({"levels": 1.0, "smoothing": 0.9}),
+                "boards hold nested widths of one net; a weight moves by the mean over those that hold it",
+                nested=True,
             ),
         )
     }

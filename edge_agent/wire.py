@@ -105,6 +105,16 @@ class RoundPlan:
         """Scalars of a local step: P projected gradients, then what else the plan asks."""
         return self.perturbations + self.exact + method_by_code(self.method).losses
 
+    @property
+    def levels(self) -> int:
+        """Widths of the family that is trained; 1 where all boards hold the same net."""
+        return method_by_code(self.method).levels(self.constants)
+
+    @property
+    def logged_scalars(self) -> int:
+        """Scalars of a local step in the record: those of a reply for each of the levels."""
+        return self.levels * self.scalars
+
     def keys(self, step: int) -> list[NoiseKey]:
         """Return the noise keys of a local step's P perturbations."""
         return [NoiseKey(self.seed, self.round, step, number) for number in range(self.perturbations)]
@@ -118,8 +128,11 @@ class RoundRecord:
         plan: What was asked.
         epoch: Incarnation of the coordinator that closed the round.
         skipped: No quorum came together; replay only counts the round.
-        scalars: Aggregated scalars, float32 of shape (K, ``plan.scalars``); zeros when skipped.
-        digest: Of the replica after this record.
+        scalars: Aggregated scalars, float32 of shape (K, ``plan.logged_scalars``); zeros when skipped. In a
+            family of widths those of the narrowest come first: the mean over all agents, then over those that
+            hold the next width, and so on.
+        digest: Of the replica after this record; in a family, of the widest.
+        narrower: In a family, the digests of the other widths, the narrowest first.
     """
 
     plan: RoundPlan
@@ -127,6 +140,11 @@ class RoundRecord:
     skipped: bool
     scalars: NDArray[np.float32]
     digest: int
+    narrower: tuple[int, ...] = ()
+
+    def digest_at(self, level: int) -> int:
+        """Return the digest of a replica of a level, the narrowest being 0."""
+        return self.narrower[level] if level < len(self.narrower) else self.digest
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, RoundRecord) and encode_record(self) == encode_record(other)
@@ -312,8 +330,11 @@ def decode(data: bytes) -> RoundOpen | Reply | Slice | SliceRequest | Snapshot:
 
 
 def encode_record(record: RoundRecord) -> bytes:
-    """Return the bytes of a record: its plan, then epoch, flags, digest and the float32 scalars."""
+    """Return the bytes of a record: its plan, then epoch, flags, digest or digests, the float32 scalars."""
+    if len(record.narrower) != record.plan.levels - 1:
+        raise ValueError(f"{record.plan.levels} levels and {len(record.narrower)} digests of narrower ones")
     head = _RECORD.pack(record.epoch, int(record.skipped), record.digest)
+    head += struct.pack(f"<{len(record.narrower)}Q", *record.narrower)
     scalars = b"" if record.skipped else record.scalars.astype("<f4").tobytes()
     return _encode_plan(record.plan) + head + scalars
 
@@ -378,7 +399,9 @@ def _read_plan(reader: _Reader) -> RoundPlan:
         raise WireError(f"method {method} has {len(rule.constants)} constants, the plan {count}")
     if exact and not rule.head:
         raise WireError(f"method {method} has no exact scalars, the plan {exact}")
-    if not (steps and perturbations and steps * (perturbations + exact + rule.losses) <= MAX_SCALARS):
+    levels = rule.levels(constants)
+    asked = levels * steps * (perturbations + exact + rule.losses)
+    if not (levels > 0 and steps and perturbations and asked <= MAX_SCALARS):
         raise WireError(
             f"a plan has 1 to {MAX_SCALARS} scalars, got {steps} times {perturbations} and {exact} exact ones"
         )
@@ -410,10 +433,11 @@ def _read_record(reader: _Reader) -> RoundRecord:
     epoch, flags, digest = reader.unpack(_RECORD)
     if flags not in (0, 1):
         raise WireError(f"record flags {flags} are unknown")
-    count = plan.steps * plan.scalars
+    narrower = struct.unpack(f"<{plan.levels - 1}Q", reader.take(8 * (plan.levels - 1)))
+    count = plan.steps * plan.logged_scalars
     scalars = np.zeros(count, np.float32) if flags else _read_scalars(reader, count)
-    shaped = scalars.reshape(plan.steps, plan.scalars)
-    return RoundRecord(plan, int(epoch), bool(flags), shaped, int(digest))
+    shaped = scalars.reshape(plan.steps, plan.logged_scalars)
+    return RoundRecord(plan, int(epoch), bool(flags), shaped, int(digest), narrower)
 
 
 def _read_records(reader: _Reader, count: int, first: int) -> tuple[RoundRecord, ...]:
