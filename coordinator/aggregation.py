@@ -6,14 +6,14 @@ Knows replies as rows of numbers. Does not know rounds, nor who is suspected (``
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.wire import Reply
+from edge_agent.wire import Reply, RoundPlan
 
-__all__ = ["RULES", "aggregate", "mean_loss", "tolerated"]
+__all__ = ["RULES", "aggregate", "aggregate_levels", "mean_loss", "tolerated"]
 
 _Matrix = NDArray[np.float64]
 
@@ -35,6 +35,27 @@ def aggregate(replies: Mapping[int, Reply], *, rule: str = "mean", liars: float 
     rows = np.stack([replies[number].scalars for number in order]).astype(np.float64)
     samples = np.array([replies[number].samples for number in order], np.float64)
     return RULES[rule](rows, samples, tolerated(len(order), liars)).astype(np.float32)
+
+
+def aggregate_levels(
+    replies: Mapping[int, Reply], levels: Sequence[int], plan: RoundPlan, *, rule: str, liars: float
+) -> NDArray[np.float32]:
+    """Return a record's scalars, float32 of shape (K, ``plan.logged_scalars``).
+
+    Args:
+        replies: As for :func:`aggregate`.
+        levels: By agent number, which width of a family it holds; those of a level are averaged over the
+            agents that hold it or a wider one, and are 0 where nobody does.
+        plan: Of the round.
+        rule: As for :func:`aggregate`, and so is the following.
+        liars: The share of the agents that may lie.
+    """
+    parts = np.zeros((plan.levels, plan.steps, plan.scalars), np.float32)
+    for level, part in enumerate(parts):
+        holders = {agent: reply for agent, reply in replies.items() if levels[agent] >= level}
+        if holders:
+            part[...] = aggregate(holders, rule=rule, liars=liars).reshape(part.shape)
+    return np.concatenate(list(parts), axis=1)
 
 
 def tolerated(agents: int, liars: float) -> int:

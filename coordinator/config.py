@@ -34,7 +34,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["dump", "load_experiment"]
+__all__ = ["dump", "load_experiment", "with_settings"]
 
 _MOST_SCALARS = 16384
 """Scalars of a round: four such records still fit one message of 1 MiB."""
@@ -71,17 +71,30 @@ def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
         ConfigError: The file cannot be read, or it or an override has faults: all of them are listed.
     """
     table = _read(path)
+    table.setdefault("name", path.stem)
+    return _resolved(table, overrides, source=str(path))
+
+
+def with_settings(experiment: Experiment, overrides: Sequence[str]) -> Experiment:
+    """Return the experiment with keys changed and everything checked again; as :func:`load_experiment`.
+
+    Raises:
+        ConfigError: An override has faults: all of them are listed.
+    """
+    return _resolved(tomllib.loads(dump(experiment)), overrides, source=" ".join(overrides))
+
+
+def _resolved(table: dict[str, Any], overrides: Sequence[str], *, source: str) -> Experiment:
     written_for = _get(table, "method", "name")
     for assignment in overrides:
         override(table, assignment, paths={"data.path"})
     if isinstance(method := table.get("method"), dict):
         for constant in _constants_of(written_for).keys() - _constants_of(method.get("name")).keys():
             method.pop(constant, None)
-    table.setdefault("name", path.stem)
     faults = Faults()
     experiment = _experiment(table, faults)
     _check_together(experiment, faults)
-    faults.raise_if_any(str(path))
+    faults.raise_if_any(source)
     return experiment
 
 
@@ -222,6 +235,12 @@ def _check_together(experiment: Experiment, faults: Faults) -> None:
                 "pruning.widths",
                 list(experiment.pruning.widths),
                 f'needs `method.name = "nested"`: `{rule.name}` trains one net on all boards.',
+            )
+        elif experiment.pruning.widths and faults.clear("fleet") and fleet.aggregation != "mean":
+            faults.refuse(
+                "fleet.aggregation",
+                fleet.aggregation,
+                "compares agents that hold the same net. With `pruning.widths` it must be mean.",
             )
     if faults.clear("fleet.deadline_s", "fleet.resend_s") and fleet.resend_s > fleet.deadline_s:
         faults.refuse(

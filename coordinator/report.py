@@ -72,9 +72,22 @@ def _verdict(history: History) -> str:
         parts.append(f"It answers {history.test_accuracy[-1]:.1%} of the test samples.")
     if (up := history.summary.get("payload_bytes_up_per_agent_round")) is not None:
         parts.append(f"An agent sent {decimal(round(up))} a round.")
+    if suspected := _suspected(history):
+        parts.append(f"Suspected of lying: {', '.join(suspected)}.")
     if not history.summary:
         parts.append("The run did not end: this is what there is of it.")
     return " ".join(parts)
+
+
+def _suspected(history: History) -> dict[str, str]:
+    """Return the agents that were suspected of lying, and not trusted again, with the reason."""
+    found: dict[str, str] = {}
+    for event in history.events:
+        if event.kind == "suspect":
+            found[event.agent] = f"round {event.round}: {event.text}"
+        elif event.kind == "trusted again":
+            found.pop(event.agent, None)
+    return found
 
 
 def _model(history: History) -> str:
@@ -209,6 +222,8 @@ def _facts(history: History) -> dict[str, str]:
             facts[key.replace("_", " ")] = str(value)
     for key, value in _nested(summary, "machine").items():
         facts[key] = str(value)
+    for name, text in _suspected(history).items():
+        facts[f"suspected: {name}"] = text
     dropped = _nested(summary, "messages_dropped")
     if dropped:
         facts["messages dropped"] = ", ".join(

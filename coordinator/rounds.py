@@ -12,17 +12,16 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from coordinator.aggregation import aggregate, mean_loss, tolerated
+from coordinator.aggregation import aggregate_levels, mean_loss, tolerated
+from coordinator.attendance import Attendance
 from coordinator.outliers import Outliers
-from edge_agent.noise import NoiseKey, hash_words
 from edge_agent.replay import Replica, apply_record
 from edge_agent.wire import Cohort, Reply, RoundOpen, RoundPlan, RoundRecord
+from profiles.errors import EstimateError
 
-__all__ = ["Action", "Announce", "Commit", "Late", "Note", "Rounds"]
+__all__ = ["Action", "Announce", "Commit", "Late", "Note", "Rounds", "Terms"]
 
 _RECENT = 4
-_SILENT_ROUNDS = 3
-_LONGEST_EXCLUSION = 64
 _SLOWEST_RESEND_S = 15.0
 _LONGEST_TICK_S = 1.0
 
@@ -71,29 +70,34 @@ class Note:
 Action = Announce | Commit | Late | Note
 
 
-@dataclass
-class _Member:
-    """What is known of an agent.
+@dataclass(frozen=True)
+class Terms:
+    """How rounds are run; a change takes effect when the next one is opened.
 
     Attributes:
-        online: Whether it is waited for; true until its absence is known.
-        heard: Whether it has ever been heard of.
-        silent: Rounds without an answer, in a row.
-        exclusions: How often it was left out.
-        back_at: The round from which on a mere status brings it back.
+        plan_of: What round r asks.
+        rounds: Where the run ends.
+        batch_size: Samples of a local step.
+        central: Central differences.
+        cohort: How many agents are asked; None asks all.
+        quorum: How many answers a record needs; None needs all that are asked.
+        deadline_s: After this a round is closed with what came, if that is a quorum; else it is
+            extended once by the same time, and then skipped.
+        resend_s: A round without all its answers is announced again after this, then less and less often.
+        rule: How the replies become one; see :data:`coordinator.aggregation.RULES`.
+        liars: The share of the agents that may lie; the mean trusts all.
     """
 
-    online: bool = True
-    heard: bool = False
-    silent: int = 0
-    missed: int = 0
-    counted: int = 0
-    exclusions: int = 0
-    back_at: int = 0
-
-    @property
-    def excluded(self) -> bool:
-        return self.silent >= _SILENT_ROUNDS
+    plan_of: Callable[[int], RoundPlan]
+    rounds: int
+    batch_size: int
+    central: bool
+    cohort: int | None
+    quorum: int | None
+    deadline_s: float
+    resend_s: float
+    rule: str = "mean"
+    liars: float = 0.2
 
 
 @dataclass
@@ -101,6 +105,7 @@ class _Open:
     """The round under way.
 
     Attributes:
+        terms: Those that it was opened with.
         waited_s: Time in which an answer could have come.
         waiting: Members that have not answered.
         present: Those of them who are online.
@@ -109,6 +114,7 @@ class _Open:
     """
 
     message: RoundOpen
+    terms: Terms
     opened_s: float
     announced_s: float
     resend_s: float
@@ -127,26 +133,18 @@ class Rounds:
 
     Args:
         fleet: Number of agents; they are numbered from 0.
-        rounds: Where the run ends.
-        plan_of: What round r asks.
+        terms_of: The terms of round r; asked when it is opened.
         epoch: Incarnation of the coordinator, above all earlier ones.
         replica: The coordinator's replica, at the round to go on with; records are applied to it.
         recent: The records just before that round, as many as there are of the last four.
-        batch_size: Samples of a local step.
-        central: Central differences.
-        cohort: How many agents are asked; None asks all.
-        quorum: How many answers a record needs; None needs all that are asked.
-        deadline_s: After this a round is closed with what came, if that is a quorum; else it is
-            extended once by the same time, and then skipped.
-        resend_s: A round without all its answers is announced again after this, then less and less often.
         seed: Decides who is asked.
-        rule: How the replies become one; see :data:`coordinator.aggregation.RULES`.
-        liars: The share of the agents that may lie; the mean trusts all.
+        reference: What the classes' scalars are in the first step of a round; by them the other rules see who
+            cannot have measured. None where the coordinator has no samples.
         levels: Which width of the family each agent holds, 0 for the narrowest; empty without a family.
 
     Attributes:
         dropped: Count of replies that changed nothing, by reason.
-        members: What is known of each agent, by number.
+        attendance: What is known of each agent.
         replica: The coordinator's replica.
         levels: Which width of the family each agent holds.
         outliers: Statistics of who answers unlike the others.
@@ -156,43 +154,27 @@ class Rounds:
         self,
         *,
         fleet: int,
-        rounds: int,
-        plan_of: Callable[[int], RoundPlan],
+        terms_of: Callable[[int], Terms],
         epoch: int,
         replica: Replica,
         recent: Sequence[RoundRecord] = (),
-        batch_size: int,
-        central: bool,
-        cohort: int | None,
-        quorum: int | None,
-        deadline_s: float,
-        resend_s: float,
         seed: int,
-        rule: str = "mean",
-        liars: float = 0.2,
+        reference: Callable[[RoundOpen], Sequence[NDArray[np.float64]]] | None = None,
         levels: Sequence[int] = (),
     ) -> None:
         self.dropped: Counter[str] = Counter()
         self.outliers = Outliers()
-        self.members = [_Member() for _ in range(fleet)]
+        self.attendance = Attendance(fleet)
         self.replica = replica
-        self._rounds = rounds
-        self._plan_of = plan_of
+        self._terms_of = terms_of
         self._epoch = epoch
         self._recent = list(recent)[-_RECENT:]
-        self._batch_size = batch_size
-        self._central = central
-        self._cohort = cohort
-        self._quorum = quorum
-        self._deadline_s = deadline_s
-        self._resend_s = resend_s
         self._seed = seed
-        self._rule = rule
-        self._liars = liars
+        self._reference = reference
         self.levels = tuple(levels) or (0,) * fleet
+        self._paused = False
         self._open: _Open | None = None
         self._link_up = True
-        self._heard_online = 0
         self._ticked_s: float | None = None
         self._stragglers: dict[int, set[int]] = {}  # of the last rounds: who may still answer, for the log
 
@@ -204,11 +186,32 @@ class Rounds:
     @property
     def finished(self) -> bool:
         """Whether the last round is closed."""
-        return self.replica.round >= self._rounds
+        return self.replica.round >= self._terms_of(self.replica.round).rounds
+
+    @property
+    def paused(self) -> bool:
+        """Whether no new round is opened."""
+        return self._paused
 
     def start(self, now: float) -> list[Action]:
         """Open the first round, or announce the end if there is nothing left to do."""
         return self._open_next(now)
+
+    @property
+    def next_round(self) -> int:
+        """The round that will be opened next."""
+        return self.replica.round + (self._open is not None and not self._open.message.closing)
+
+    def pause(self) -> None:
+        """Open no new round; the one under way may still be closed by answers, but by no deadline."""
+        self._paused = True
+
+    def resume(self, now: float) -> list[Action]:
+        """Go on after a pause."""
+        if not self._paused:
+            return []
+        self._paused = False
+        return self._open_next(now) if self._open is None else self.announce_again(now)
 
     def announce_again(self, now: float) -> list[Action]:
         """Announce the open round once more, to those who have not answered.
@@ -241,11 +244,9 @@ class Rounds:
             now: Monotonic seconds.
         """
         self._set_presence(agent, online=online)
-        member = self.members[agent]
         if not online:
             return self._close_if_over(now)
-        if member.excluded and (hello or self.replica.round >= member.back_at):
-            member.silent = _SILENT_ROUNDS - 1  # on trial: one more silent round and it is out again
+        if self.attendance.readmit(agent, hello=hello, round_=self.replica.round):
             return [Note("readmitted", agent, "the agent spoke again")]
         return []
 
@@ -268,8 +269,7 @@ class Rounds:
         opened.answered[agent] = reply
         opened.waiting.discard(agent)
         opened.present.discard(agent)
-        self._set_presence(agent, online=True)
-        self.members[agent].silent = 0
+        self.attendance.answered(agent)
         actions: list[Action] = []
         if reply.failed:
             actions.append(Note("estimate failed", agent, f"round {round_}"))
@@ -287,10 +287,10 @@ class Rounds:
         self._ticked_s = now
         if opened is None or opened.message.closing:
             return []
-        if self._link_up and self._heard_online:
+        if self._link_up and self.attendance.anybody and not self._paused:
             # A long gap between two ticks is a laptop that slept: nobody could have answered.
             opened.waited_s += min(passed, _LONGEST_TICK_S)
-        if opened.waited_s >= self._deadline_s * (2 if opened.extended else 1):
+        if opened.waited_s >= opened.terms.deadline_s * (2 if opened.extended else 1):
             if len(opened.counted) >= self._needed(opened) or opened.extended:
                 return self._close(opened, now)
             opened.extended = True
@@ -302,9 +302,7 @@ class Rounds:
         return []
 
     def _set_presence(self, agent: int, *, online: bool) -> None:
-        member = self.members[agent]
-        self._heard_online += int(online) - int(member.heard and member.online)
-        member.heard, member.online = True, online
+        self.attendance.note_presence(agent, online=online)
         if self._open is not None and agent in self._open.waiting:
             (self._open.present.add if online else self._open.present.discard)(agent)
 
@@ -333,7 +331,8 @@ class Rounds:
         return None
 
     def _needed(self, opened: _Open) -> int:
-        return len(opened.members) if self._quorum is None else min(self._quorum, len(opened.members))
+        asked, quorum = len(opened.members), opened.terms.quorum
+        return asked if quorum is None else min(quorum, asked)
 
     def _close_if_over(self, now: float) -> list[Action]:
         """Close when nobody is left to wait for: all answered, or all but the absent and that suffices."""
@@ -349,12 +348,12 @@ class Rounds:
         counted = opened.counted
         plan = opened.message.plan
         skipped = len(counted) < max(1, self._needed(opened))
-        shape = (plan.steps, plan.logged_scalars)
-        changes = [] if skipped else self.outliers.observe(counted)
-        scalars = np.zeros(shape, np.float32)
-        trusted, liars = self._trusted(counted)
+        changes = [] if skipped else self.outliers.observe(counted, self._classes(opened))
+        scalars = np.zeros((plan.steps, plan.logged_scalars), np.float32)
+        trusted, liars = self._trusted(counted, opened.terms)
         if not skipped:
-            scalars = self._aggregate(plan, trusted, liars)
+            rule = opened.terms.rule
+            scalars = aggregate_levels(trusted, self.levels, plan, rule=rule, liars=liars)
         record = RoundRecord(plan, self._epoch, skipped, scalars, digest=0)
         apply_record(self.replica, record, check=False)
         *narrower, digest = self.replica.digests()
@@ -365,7 +364,13 @@ class Rounds:
         self._stragglers.pop(plan.round - _RECENT, None)
         actions: list[Action] = []
         for agent in sorted(opened.members):
-            actions += self._account(agent, opened, plan.round, applied=not skipped)
+            told = self.attendance.account(
+                agent,
+                plan.round,
+                counted=agent in counted and not skipped,
+                silent=agent in opened.waiting,
+            )
+            actions += [Note(kind, agent, text) for kind, text in told]
         if skipped:
             missing = f"round {plan.round}: {len(counted)} of {self._needed(opened)} needed"
             actions.append(Note("skipped", None, missing))
@@ -376,78 +381,59 @@ class Rounds:
         actions.append(Commit(record, loss, opened.opened_s, replies))
         return actions + self._open_next(now)
 
-    def _aggregate(self, plan: RoundPlan, trusted: dict[int, Reply], liars: float) -> NDArray[np.float32]:
-        """Return a record's scalars: for each level, over the agents that hold it; zeros if nobody does."""
-        parts = np.zeros((plan.levels, plan.steps, plan.scalars), np.float32)
-        for level, part in enumerate(parts):
-            holders = {a: reply for a, reply in trusted.items() if self.levels[a] >= level}
-            if holders:
-                part[...] = aggregate(holders, rule=self._rule, liars=liars).reshape(part.shape)
-        return np.concatenate(list(parts), axis=1)
+    def _classes(self, opened: _Open) -> Sequence[NDArray[np.float64]]:
+        """Return the classes' scalars, where somebody has to be judged by them."""
+        if self._reference is None or opened.terms.rule == "mean":
+            return ()
+        try:
+            return self._reference(opened.message)
+        except EstimateError:  # then the agents are compared with each other alone
+            return ()
 
-    def _trusted(self, counted: dict[int, Reply]) -> tuple[dict[int, Reply], float]:
+    def _trusted(self, counted: dict[int, Reply], terms: Terms) -> tuple[dict[int, Reply], float]:
         """Return the replies without those of suspects, and what share of them may still lie.
 
-        The mean trusts all. The other rules leave out no more suspects than may lie.
+        The mean trusts all. The other rules leave out no more than may lie; a suspect beyond these may lie.
         """
-        if self._rule == "mean" or not counted:
-            return counted, self._liars
-        bearable = tolerated(len(counted), self._liars)
-        left_out = [agent for agent in self.outliers.suspects() if agent in counted][:bearable]
+        if terms.rule == "mean" or not counted:
+            return counted, terms.liars
+        bearable = tolerated(len(counted), terms.liars)
+        suspects = [agent for agent in self.outliers.least_trusted() if agent in counted]
+        left_out = suspects[:bearable]
         trusted = {agent: reply for agent, reply in counted.items() if agent not in left_out}
-        return trusted, (bearable - len(left_out)) / len(trusted)
-
-    def _account(self, agent: int, opened: _Open, round_: int, *, applied: bool) -> list[Action]:
-        """Note what an agent did in a round that is over."""
-        member = self.members[agent]
-        if agent in opened.counted and applied:
-            member.counted += 1
-            return []
-        member.missed += 1
-        actions: list[Action] = [Note("missed", agent, f"round {round_}")]
-        if agent in opened.waiting:
-            member.silent += 1
-            if member.silent == _SILENT_ROUNDS:
-                member.exclusions += 1
-                member.back_at = round_ + min(_LONGEST_EXCLUSION, 2**member.exclusions)
-                actions.append(Note("excluded", agent, f"silent for {_SILENT_ROUNDS} rounds"))
-        return actions
+        return trusted, min(0.49, (max(bearable, len(suspects)) - len(left_out)) / len(trusted))
 
     def _open_next(self, now: float) -> list[Action]:
+        if self._paused:
+            return []
         round_ = self.replica.round
-        members = [] if self.finished else self._choose(round_)
-        everybody = len(members) == len(self.members)
+        terms = self._terms_of(round_)
+        fleet = len(self.attendance.members)
+        members = (
+            [] if self.finished else self.attendance.choose(round_, cohort=terms.cohort, seed=self._seed)
+        )
         message = RoundOpen(
-            plan=self._plan_of(round_),
+            plan=terms.plan_of(round_),
             epoch=self._epoch,
             attempt=0,
-            batch_size=self._batch_size,
-            central=self._central,
+            batch_size=terms.batch_size,
+            central=terms.central,
             closing=self.finished,
-            deadline_ms=min(int(self._deadline_s * 1000), 0xFFFFFFFF),
-            cohort=Cohort(None if everybody else frozenset(members)),
+            deadline_ms=min(int(terms.deadline_s * 1000), 0xFFFFFFFF),
+            cohort=Cohort(None if len(members) == fleet else frozenset(members)),
             records=tuple(self._recent),
         )
         self._open = _Open(
             message=message,
+            terms=terms,
             opened_s=now,
             announced_s=now,
-            resend_s=self._resend_s,
+            resend_s=terms.resend_s,
             digests=(*self._recent[-1].narrower, self._recent[-1].digest)
             if self._recent
             else self.replica.digests(),
             members=frozenset(members),
             waiting=set(members),
-            present={agent for agent in members if self.members[agent].online},
+            present={agent for agent in members if self.attendance.members[agent].online},
         )
         return [Announce(message)]
-
-    def _choose(self, round_: int) -> list[int]:
-        """Return who is asked: the smallest hashes among those who are not excluded."""
-        able = [number for number, member in enumerate(self.members) if not member.excluded]
-        if not able:  # nobody has spoken for long: ask all, so that whoever comes back is heard
-            able = list(range(len(self.members)))
-        if self._cohort is None or self._cohort >= len(able):
-            return able
-        words = hash_words(NoiseKey(self._seed, round_, 0, 0xC040127), 0, len(self.members))
-        return sorted(sorted(able, key=lambda number: (int(words[number]), number))[: self._cohort])

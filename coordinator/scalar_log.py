@@ -12,26 +12,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from coordinator.log_schema import SCHEMA_VERSION, create, migrate
 from edge_agent.wire import Reply, RoundRecord, decode_record, encode_record
 from profiles.errors import DigestError, LogError, WireError
 
-__all__ = ["SCHEMA_VERSION", "FleetRow", "ScalarLog"]
-
-SCHEMA_VERSION = 1
-
-_SCHEMA = """
-CREATE TABLE meta(key TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE records(round INTEGER PRIMARY KEY, record BLOB NOT NULL, chain BLOB NOT NULL,
-    opened_at REAL NOT NULL, closed_at REAL NOT NULL, loss REAL, kind TEXT NOT NULL);
-CREATE TABLE replies(round INTEGER NOT NULL, agent TEXT NOT NULL, attempt INTEGER NOT NULL,
-    samples INTEGER NOT NULL, loss REAL, peak_kib INTEGER NOT NULL, digest TEXT NOT NULL,
-    scalars BLOB NOT NULL, counted INTEGER NOT NULL, received_at REAL NOT NULL);
-CREATE INDEX replies_by_round ON replies(round);
-CREATE TABLE evaluations(round INTEGER PRIMARY KEY, loss REAL NOT NULL, accuracy REAL NOT NULL);
-CREATE TABLE events(at REAL NOT NULL, kind TEXT NOT NULL, agent TEXT NOT NULL, text TEXT NOT NULL);
-CREATE TABLE agents(id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, profile TEXT NOT NULL,
-    budget_mib REAL, predicted_mib REAL);
-"""
+__all__ = ["FleetRow", "Order", "ScalarLog"]
 
 
 class FleetRow(NamedTuple):
@@ -41,6 +26,14 @@ class FleetRow(NamedTuple):
     profile: str
     budget_mib: float | None
     predicted_mib: float | None
+
+
+class Order(NamedTuple):
+    """What somebody asked of the run's coordinator: a verb with its arguments, and its number."""
+
+    number: int
+    verb: str
+    arguments: str
 
 
 class ScalarLog:
@@ -68,18 +61,21 @@ class ScalarLog:
         if path.exists():
             raise LogError(f"{path} exists already", hint="Go on with --resume, or choose another --out.")
         log = cls(path, cls._connect(path))
-        rows = [*meta.items(), ("schema", str(SCHEMA_VERSION))]
-        with log._db:
-            log._db.executescript(_SCHEMA)
-            log._db.executemany("INSERT INTO meta VALUES (?, ?)", rows)
+        try:
+            create(log._db)
+            with log._db:
+                log._db.executemany("INSERT INTO meta VALUES (?, ?)", list(meta.items()))
+        except sqlite3.Error as error:
+            log.close()
+            raise LogError(f"{path} cannot be made: {error}") from None
         return log
 
     @classmethod
     def open(cls, path: Path) -> "ScalarLog":
-        """Open an existing log.
+        """Open an existing log; one of an earlier release gets this one's tables.
 
         Raises:
-            LogError: There is none, it is no log, or of another schema version.
+            LogError: There is none, it is no log, or of a later release.
         """
         if not path.is_file():
             raise LogError(f"there is no scalar log {path}", hint="Name the folder of a run.")
@@ -89,12 +85,20 @@ class ScalarLog:
         except sqlite3.DatabaseError as error:
             log.close()
             raise LogError(f"{path} is not a scalar log: {error}") from None
-        if version != str(SCHEMA_VERSION):
+        if version is None or not version.isdigit() or not 1 <= int(version) <= SCHEMA_VERSION:
             log.close()
             raise LogError(
-                f"{path} has schema version {version}; this release reads {SCHEMA_VERSION}",
+                f"{path} has schema version {version}; this release reads 1 to {SCHEMA_VERSION}",
                 hint="Install the release of scalarfed that wrote the log.",
             )
+        try:
+            migrate(log._db, int(version))
+        except sqlite3.Error as error:
+            log.close()
+            raise LogError(
+                f"{path} of schema version {version} cannot be brought to {SCHEMA_VERSION}: {error}",
+                hint="Make the file writable, or work on a copy of the run folder.",
+            ) from None
         return log
 
     @staticmethod
@@ -238,6 +242,33 @@ class ScalarLog:
         query = "SELECT name, profile, budget_mib, predicted_mib FROM agents ORDER BY id"
         return [FleetRow(*row) for row in self._db.execute(query)]
 
+    def add_order(self, verb: str, arguments: str) -> int:
+        """Ask something of the coordinator at work, committed; return the order's number."""
+        query = "INSERT INTO orders(at, verb, arguments) VALUES (?, ?, ?)"
+        with self._db:
+            return int(self._db.execute(query, (time.time(), verb, arguments)).lastrowid or 0)
+
+    def open_orders(self) -> list[Order]:
+        """Return the orders that have no answer yet, oldest first."""
+        query = "SELECT id, verb, arguments FROM orders WHERE answer IS NULL ORDER BY id"
+        return [Order(*row) for row in self._db.execute(query)]
+
+    def answer_order(self, number: int, answer: str) -> None:
+        """Answer an order, committed."""
+        with self._db:
+            self._db.execute("UPDATE orders SET answer = ? WHERE id = ?", (answer, number))
+
+    def take_answer(self, number: int) -> str | None:
+        """Return the answer to an order, None where there is none yet."""
+        row = self._db.execute("SELECT answer FROM orders WHERE id = ?", (number,)).fetchone()
+        return None if row is None else row[0]
+
+    def withdraw_order(self, number: int) -> bool:
+        """Take an order back; return False if it was answered already."""
+        with self._db:
+            found = self._db.execute("DELETE FROM orders WHERE id = ? AND answer IS NULL", (number,))
+        return found.rowcount == 1
+
     def replies_of(self, agent: str) -> int:
         """Return how many replies of an agent came, late ones and failed ones too."""
         return self._count("SELECT COUNT(*) FROM replies WHERE agent = ?", agent)
@@ -249,6 +280,11 @@ class ScalarLog:
     def count_events(self, kind: str, agent: str) -> int:
         """Return how often something happened to an agent."""
         return self._count("SELECT COUNT(*) FROM events WHERE kind = ? AND agent = ?", kind, agent)
+
+    def texts_of(self, kind: str) -> list[str]:
+        """Return what the events of a kind say, in the order in which they were noted."""
+        query = "SELECT text FROM events WHERE kind = ? ORDER BY rowid"
+        return [str(row[0]) for row in self._db.execute(query, (kind,))]
 
     def skipped(self) -> int:
         """Return how many rounds found no quorum."""

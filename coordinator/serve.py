@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.config import load_experiment
+from coordinator.control import Control
 from coordinator.family import read_family
+from coordinator.plans import CHANGED, Plans
 from coordinator.rebuild import CHECKPOINT, resume_replica
 from coordinator.scalar_log import ScalarLog
 from coordinator.service import Service
@@ -47,13 +49,11 @@ def serve_run(
         replica = resume_replica(bundle, log, checkpoint=run / CHECKPOINT, run=experiment.name)
         epoch = log.next_epoch()
         log.add_event("coordinator started", "", f"epoch {epoch}, round {replica.round}")
+        plans = Plans(experiment, bundle, log.texts_of(CHANGED))
+        recent = list(log.records(max(0, replica.round - 4)))
+        levels = json.loads(log.meta().get("levels", "[]"))
         rounds = rounds_of(
-            experiment,
-            bundle,
-            replica,
-            epoch=epoch,
-            recent=list(log.records(max(0, replica.round - 4))),
-            levels=json.loads(log.meta().get("levels", "[]")),
+            experiment, bundle, replica, epoch=epoch, recent=recent, plans=plans, levels=levels
         )
         link = MqttLink(broker, client_id=f"{experiment.name}-coordinator")
         service = Service(
@@ -66,9 +66,11 @@ def serve_run(
             narrower=[one.identity for one in read_family(bundle.folder)[:-1]],
             checkpoint=run / CHECKPOINT,
             on_commit=on_commit,
+            on_idle=lambda: control.poll(),
         )
+        control = Control(log, plans, service)
         try:
-            service.run(stop=lambda: False, farewell_s=farewell_s)
+            service.run(stop=lambda: control.stopped, farewell_s=farewell_s)
         finally:
             service.announce_state("finished" if rounds.finished else "stopped")
             link.flush(2.0)

@@ -100,6 +100,7 @@ class Service:
         self._on_commit = on_commit
         self._on_idle = on_idle
         self._clock = clock
+        self._state = "running"
         self._closing_since: float | None = None
         self._processes: dict[str, set[int]] = {}
         self._told: Counter[tuple[str, str]] = Counter()
@@ -167,12 +168,47 @@ class Service:
 
     def announce_state(self, state: str) -> None:
         """Publish the run's configuration with another state, such as "stopped"."""
-        self._publish_control(state)
+        self._state = state
+        self._publish_control()
+
+    def pause(self) -> None:
+        """Open no new round; the open one may still be answered, and no deadline comes nearer."""
+        self._rounds.pause()
+        self.announce_state("paused")
+
+    def resume(self) -> None:
+        """Go on after a pause."""
+        self.announce_state("running")
+        self._act(self._rounds.resume(self._clock()))
+
+    def next_round(self) -> int:
+        """Return the round that will be opened next."""
+        return self._rounds.next_round
+
+    def status(self) -> dict[str, Any]:
+        """Return how the run is: state, round, epoch, digest, who is there, who is left out."""
+        members = self._rounds.attendance.members
+        return {
+            "state": "finished" if self._rounds.finished else self._state,
+            "round": self._rounds.replica.round,
+            "epoch": self._rounds.epoch,
+            "digest": f"{self.final_digest:016x}",
+            "online": self.online(),
+            "agents": len(self._agents),
+            "excluded": [self._agents[n] for n, member in enumerate(members) if member.excluded],
+            "suspects": [self._agents[n] for n in self._rounds.outliers.suspects()],
+            "dropped": dict(self.counts()),
+        }
 
     @property
     def replica(self) -> Replica:
         """The coordinator's replica."""
         return self._rounds.replica
+
+    @property
+    def final_digest(self) -> int:
+        """Digest of the coordinator's replica."""
+        return self._rounds.replica.digest()
 
     @property
     def levels(self) -> tuple[int, ...]:
@@ -187,9 +223,9 @@ class Service:
         """Return how many agents are there."""
         return sum(status.get("state") != "offline" for status in self.statuses.values())
 
-    def _publish_control(self, state: str = "running") -> None:
+    def _publish_control(self) -> None:
         control = {
-            "state": state,
+            "state": self._state,
             "bundle": self._bundle_identity,
             "epoch": self._rounds.epoch,
             "agents": self._roster,

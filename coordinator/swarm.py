@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from coordinator.broker import Broker, open_broker, use_broker
-from coordinator.rounds import Rounds
+from coordinator.rounds import Rounds, Terms
 from coordinator.scalar_log import ScalarLog
 from coordinator.service import Service
 from coordinator.swarm_agents import Swarm
@@ -144,18 +144,21 @@ def run_coordinator(folder: Path, broker_url: str, load: Load) -> dict[str, Any]
     stop_at = time.monotonic() + load.limit_s
     with ScalarLog.create(folder / "log.sqlite", {"bundle": _BUNDLE}) as log:
         log.set_agents([(number, name, "swarm", None, None) for number, name in enumerate(load.names)])
-        rounds = Rounds(
-            fleet=load.agents,
-            rounds=load.rounds + 1,
+        terms = Terms(
             plan_of=_plan,
-            epoch=log.next_epoch(),
-            replica=replica,
+            rounds=load.rounds + 1,
             batch_size=16,
             central=True,
             cohort=None,
             quorum=None,
             deadline_s=60.0,
             resend_s=5.0,
+        )
+        rounds = Rounds(
+            fleet=load.agents,
+            terms_of=lambda _: terms,
+            epoch=log.next_epoch(),
+            replica=replica,
             seed=1,
         )
         link = MqttLink(broker_url, client_id="swarm-coordinator")

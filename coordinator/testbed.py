@@ -7,7 +7,6 @@ run goes on where it stopped.
 
 import contextlib
 import json
-import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -18,14 +17,17 @@ import numpy as np
 
 from coordinator.broker import Broker, open_broker
 from coordinator.config import dump, load_experiment
+from coordinator.control import Control
 from coordinator.experiment import Experiment
 from coordinator.family import deal_levels, folders_of, read_family
 from coordinator.health import Health
 from coordinator.partition import partition
+from coordinator.plans import CHANGED, Plans
 from coordinator.progress import Observer, Standing
 from coordinator.rebuild import CHECKPOINT, resume_replica
+from coordinator.reference import Reference
 from coordinator.report import write_report
-from coordinator.rounds import Rounds
+from coordinator.rounds import Rounds, Terms
 from coordinator.scalar_log import ScalarLog
 from coordinator.service import Service
 from coordinator.summary import write_summary
@@ -37,7 +39,7 @@ from edge_agent.link import MqttLink
 from edge_agent.optimizer import METHODS
 from edge_agent.replay import Replica
 from edge_agent.topics import Topics
-from edge_agent.wire import RoundPlan, RoundRecord
+from edge_agent.wire import RoundRecord
 from profiles.cost import graph_cost
 from profiles.errors import ConfigError, DataError, ScalarfedError
 
@@ -46,7 +48,6 @@ __all__ = [
     "evaluate",
     "judge_widths",
     "make_bundle",
-    "plan_of",
     "prepare",
     "read_samples",
     "rounds_of",
@@ -236,33 +237,6 @@ def _cost(graph: bytes) -> Mapping[str, int]:
     return graph_cost(graph).as_dict()
 
 
-def plan_of(experiment: Experiment, bundle: Bundle, round_: int) -> RoundPlan:
-    """Return what a round of the experiment asks; the learning rate follows its schedule."""
-    settings = experiment.method
-    factor = 1.0
-    if settings.schedule == "cosine":
-        factor = 0.5 * (1.0 + math.cos(math.pi * min(1.0, round_ / experiment.rounds)))
-    method = METHODS[settings.name]
-    constants = {
-        name: value * (factor if name in method.scheduled else 1.0)
-        for name, value in settings.constants.items()
-    }
-    if method.nested:
-        constants["levels"] = max(1, len(bundle.stops))
-    layer = sum(tensor.size for tensor in bundle.tensors if tensor.name in bundle.head)
-    return RoundPlan(
-        round=round_,
-        seed=experiment.seed,
-        method=method.code,
-        steps=settings.local_steps,
-        perturbations=settings.perturbations,
-        epsilon=settings.epsilon,
-        learning_rate=settings.learning_rate * factor,
-        constants=method.values(constants),
-        exact=min(settings.exact, layer) if method.head else 0,
-    )
-
-
 def rounds_of(
     experiment: Experiment,
     bundle: Bundle,
@@ -270,6 +244,7 @@ def rounds_of(
     *,
     epoch: int,
     recent: Sequence[RoundRecord] = (),
+    plans: Plans | None = None,
     levels: Sequence[int] = (),
 ) -> Rounds:
     """Return the state machine of an experiment's rounds, not yet started.
@@ -280,26 +255,46 @@ def rounds_of(
         replica: The coordinator's, at the round to go on with.
         epoch: Incarnation of the coordinator.
         recent: The records just before that round.
+        plans: What each round asks; the experiment's own plans where left out.
         levels: By agent number, the width of the family that it holds.
     """
+    asked = plans or Plans(experiment, bundle)
     return Rounds(
         fleet=len(experiment.agents),
-        rounds=experiment.rounds,
-        plan_of=lambda round_: plan_of(experiment, bundle, round_),
+        terms_of=lambda round_: _terms(asked.experiment(round_), asked),
         epoch=epoch,
         replica=replica,
         recent=recent,
-        batch_size=experiment.method.batch_size,
-        central=experiment.method.difference == "central",
-        cohort=None if experiment.fleet.cohort == "all" else experiment.fleet.cohort,
-        quorum=None if experiment.fleet.quorum == "all" else experiment.fleet.quorum,
-        deadline_s=experiment.fleet.deadline_s,
-        resend_s=experiment.fleet.resend_s,
         seed=experiment.seed,
-        rule=experiment.fleet.aggregation,
-        liars=experiment.fleet.liars,
+        reference=_reference(experiment, bundle, replica),
         levels=levels,
     )
+
+
+def _terms(experiment: Experiment, plans: Plans) -> Terms:
+    fleet, method = experiment.fleet, experiment.method
+    return Terms(
+        plan_of=plans,
+        rounds=experiment.rounds,
+        batch_size=method.batch_size,
+        central=method.difference == "central",
+        cohort=None if fleet.cohort == "all" else fleet.cohort,
+        quorum=None if fleet.quorum == "all" else fleet.quorum,
+        deadline_s=fleet.deadline_s,
+        resend_s=fleet.resend_s,
+        rule=fleet.aggregation,
+        liars=fleet.liars,
+    )
+
+
+def _reference(experiment: Experiment, bundle: Bundle, replica: Replica) -> Reference | None:
+    """Return what the coordinator measures itself to see who lies; the mean asks nobody.
+
+    The test samples serve for it: they decide who is trusted, and enter no scalar.
+    """
+    if experiment.fleet.aggregation == "mean" or not experiment.data.path.is_file():
+        return None
+    return Reference(bundle, replica, load_samples(experiment.data.path, "test", classes=bundle.classes))
 
 
 class Evaluator:
@@ -381,14 +376,9 @@ def _train(
     levels = json.loads(log.meta().get("levels", "[]"))
     family = read_family(bundle.folder)
     log.add_event("coordinator started", "", f"epoch {epoch}, round {replica.round}")
-    rounds = rounds_of(
-        experiment,
-        bundle,
-        replica,
-        epoch=epoch,
-        recent=list(log.records(max(0, replica.round - 4))),
-        levels=levels,
-    )
+    plans = Plans(experiment, bundle, log.texts_of(CHANGED))
+    recent = list(log.records(max(0, replica.round - 4)))
+    rounds = rounds_of(experiment, bundle, replica, epoch=epoch, recent=recent, plans=plans, levels=levels)
     accuracy: float | None = None
 
     def evaluate_now() -> None:
@@ -400,19 +390,21 @@ def _train(
 
     def on_commit(record: RoundRecord, loss: float | None) -> None:
         done = record.plan.round + 1
+        present = plans.experiment(done)
         for text in health.observe(record, loss, replica):
             log.add_event("health", "", f"round {record.plan.round}: {text}")
             observer.line(f"round {done}: {text}")
-        if done % experiment.evaluation.every == 0 or done == experiment.rounds:
+        if done % present.evaluation.every == 0 or done == present.rounds:
             evaluate_now()
         agents = len(experiment.agents)
         observer.round(
-            Standing(done, experiment.rounds, loss, accuracy, service.online(), agents, *service.bytes_seen())
+            Standing(done, present.rounds, loss, accuracy, service.online(), agents, *service.bytes_seen())
         )
 
     with _fleet(experiment, out, broker, log, levels) as supervisor:
 
         def on_idle() -> None:
+            control.poll()
             supervisor.watch()
             # A broker that is not ours comes back by itself or by whoever runs it; the link waits for it.
             if broker.pid is not None and not broker.alive():
@@ -432,15 +424,18 @@ def _train(
             on_commit=on_commit,
             on_idle=on_idle,
         )
+        control = Control(log, plans, service, on_change=lambda text: observer.line(f"changed: {text}"))
         observer.stage(f"training {len(experiment.agents)} agents by {experiment.method.name}")
         if replica.round == 0:
             evaluate_now()
         try:
-            service.run(stop=lambda: False)
+            service.run(stop=lambda: control.stopped)
         finally:
             service.announce_state("finished" if rounds.finished else "stopped")
             link.flush(2.0)
             link.close()
+        if not rounds.finished:
+            raise KeyboardInterrupt("scalarfed ctl stop")
     return service
 
 

@@ -12,11 +12,13 @@ __all__ = [
     "DataError",
     "DigestError",
     "EstimateError",
+    "FetchError",
     "FlashError",
     "LogError",
     "ModelError",
     "ProfileError",
     "ScalarfedError",
+    "SecurityError",
     "StateError",
     "WireError",
 ]
@@ -132,3 +134,17 @@ class FlashError(ScalarfedError):
 
     hint = "`scalarfed doctor` on the card or on the board's name says what is wrong."
     exit_code = 20
+
+
+class SecurityError(ScalarfedError):
+    """A certificate, token, key or signature is not what it must be, or a channel is not protected."""
+
+    hint = "docs/security.md tells how a board is enrolled, and what to do when a key is lost."
+    exit_code = 22
+
+
+class FetchError(ScalarfedError):
+    """A file cannot be fetched, or is not what was promised."""
+
+    hint = "Look whether the server is still there and has the file of the same release or run."
+    exit_code = 21

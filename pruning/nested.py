@@ -32,7 +32,7 @@ from pruning.structure import Structure, TensorShape
 
 __all__ = ["Piece", "fan_gain", "nested_widths", "pieces_of", "write_family"]
 
-Widths = Mapping[str, int]
+_Widths = Mapping[str, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Piece:
     place: tuple[slice, ...]
 
 
-def nested_widths(structure: Structure, widths: Widths, fractions: Sequence[float]) -> list[dict[str, int]]:
+def nested_widths(structure: Structure, widths: _Widths, fractions: Sequence[float]) -> list[dict[str, int]]:
     """Return the widths of a family: the given ones last, before them their fractions, the narrowest first.
 
     Args:
@@ -87,7 +87,7 @@ def nested_widths(structure: Structure, widths: Widths, fractions: Sequence[floa
     return family
 
 
-def pieces_of(tensor: TensorShape, family: Sequence[Widths]) -> list[Piece]:
+def pieces_of(tensor: TensorShape, family: Sequence[_Widths]) -> list[Piece]:
     """Return the pieces of a tensor, in the order in which they are appended to each other."""
     shapes = [tensor.shape(widths) for widths in family]
     pieces = [Piece(tensor.name, 0, 0, tuple(slice(0, size) for size in shapes[0]))]
@@ -187,7 +187,7 @@ def write_family(
     return bundles[::-1]
 
 
-def fan_gain(tensor: TensorShape, narrow: Widths, wide: Widths) -> float:
+def fan_gain(tensor: TensorShape, narrow: _Widths, wide: _Widths) -> float:
     """Return by what a narrow net multiplies a weight that it shares with the widest.
 
     The root of how many times fewer inputs its units sum over: fresh weights then give outputs of the same

@@ -12,7 +12,7 @@ import numpy as np
 from coordinator.broker import find_mosquitto, start_amqtt, start_mosquitto
 from coordinator.flash.payload import REQUIREMENTS, Payload, Target, make_payload
 from coordinator.flash.settings import Credentials, Settings
-from coordinator.rounds import Rounds
+from coordinator.rounds import Rounds, Terms
 from coordinator.scalar_log import ScalarLog
 from coordinator.service import Service
 from edge_agent.bundle import read_bundle
@@ -98,9 +98,8 @@ class Coordinator:
         with ScalarLog.create(self._folder / "own-log.sqlite", told) as log:
             log.set_agents([(n, name, "", 128.0, 64.0) for n, name in enumerate(self._agents)])
             rounds = Rounds(
-                fleet=len(self._agents), rounds=self._rounds, plan_of=plan_of, epoch=1,
-                replica=self._bundle.replica(), batch_size=8, central=False, cohort=None, quorum=None,
-                deadline_s=60.0, resend_s=1.0, seed=1,
+                fleet=len(self._agents), epoch=1, replica=self._bundle.replica(), seed=1,
+                terms_of=lambda _: Terms(plan_of, self._rounds, 8, False, None, None, 60.0, 1.0),
             )  # fmt: skip
             link = MqttLink(self.broker.url, client_id="coordinator")
             service = Service(

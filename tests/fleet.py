@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from coordinator.rounds import Rounds
+from coordinator.rounds import Rounds, Terms
 from coordinator.scalar_log import ScalarLog
 from coordinator.service import Service
 from edge_agent.agent import Agent, Report
@@ -120,18 +120,17 @@ class FleetInMemory:
         replica = fresh_replica()
         apply_records(replica, self.log.records())
         settings = {"cohort": None, "quorum": None, "deadline_s": 60.0, "resend_s": 2.0, **self.options}
+        self.terms = Terms(
+            plan_of=plan_of, rounds=self.rounds_wanted, batch_size=16, central=True, **settings
+        )
         self.coordinator_link = MemoryLink(self.broker)
         self.rounds = Rounds(
             fleet=len(self.boards),
-            rounds=self.rounds_wanted,
-            plan_of=plan_of,
+            terms_of=self.terms_of,
             epoch=self.log.next_epoch(),
             replica=replica,
             recent=list(self.log.records(max(0, replica.round - 4))),
-            batch_size=16,
-            central=True,
             seed=7,
-            **settings,
         )
         self.service = Service(
             link=self.coordinator_link,
@@ -143,6 +142,10 @@ class FleetInMemory:
             clock=lambda: self.now,
         )
         self.service.start()
+
+    def terms_of(self, round_: int) -> Terms:
+        """Return the terms of a round, for tests that change them."""
+        return self.terms
 
     def crash_coordinator(self) -> None:
         """End the coordinator without a word; whatever it had not committed is gone."""

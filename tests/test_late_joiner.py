@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from fleet import BUNDLE, TOPICS, FleetInMemory, fresh_replica
 
-from coordinator.rounds import Rounds
+from coordinator.rounds import Rounds, Terms
 from coordinator.scalar_log import ScalarLog
 from coordinator.service import Service
 from edge_agent.agent import Agent
@@ -138,17 +138,10 @@ def test_a_late_joiner_after_five_thousand_rounds_is_there_within_ten_seconds(tm
             )
         rounds = Rounds(
             fleet=1,
-            rounds=ROUNDS + 1,
-            plan_of=big_plan,
+            terms_of=lambda _: Terms(big_plan, ROUNDS + 1, 16, True, None, None, 600.0, 600.0),
             epoch=1,
             replica=replica,
             recent=records[-4:],
-            batch_size=16,
-            central=True,
-            cohort=None,
-            quorum=None,
-            deadline_s=600.0,
-            resend_s=600.0,
             seed=1,
         )
         service = Service(

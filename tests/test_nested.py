@@ -12,7 +12,7 @@ from coordinator.config import load_experiment
 from coordinator.family import deal_levels, read_family
 from coordinator.progress import Silence
 from coordinator.rebuild import rebuild_run
-from coordinator.rounds import Rounds
+from coordinator.rounds import Rounds, Terms
 from coordinator.scalar_log import ScalarLog
 from coordinator.simulate import deal, simulate
 from coordinator.testbed import make_bundle, read_samples, run_testbed
@@ -157,21 +157,17 @@ def test_a_record_carries_a_digest_of_each_width():
 def test_scalars_are_averaged_over_the_holders(family):
     """Agents 0 to 3 hold the widths 3 to 0: the widest's scalars are agent 0's, the narrowest's are all's."""
     replica = family[-1].replica()
-    rounds = Rounds(
-        fleet=4,
-        rounds=1,
+    terms = Terms(
         plan_of=plan,
-        epoch=1,
-        replica=replica,
+        rounds=1,
         batch_size=4,
         central=True,
         cohort=None,
         quorum=None,
         deadline_s=60,
         resend_s=2,
-        seed=1,
-        levels=(3, 2, 1, 0),
     )
+    rounds = Rounds(fleet=4, terms_of=lambda _: terms, epoch=1, replica=replica, seed=1, levels=(3, 2, 1, 0))
     rounds.start(0.0)
     digests = replica.digests()
     actions = []
@@ -285,6 +281,7 @@ def test_a_real_fleet_of_four_widths_agrees(asked, tmp_path):
     ("overrides", "message"),
     [
         (["method.name=hiso"], 'needs `method.name = "nested"`'),
+        (["fleet.aggregation=median"], "must be mean"),
         (["pruning.widths=[0.5, 1.0]"], "different numbers in"),
         (["pruning.widths=[0.5, 0.5]"], "different numbers in"),
         (["pruning.widths=0.5"], "must be a list of numbers"),

@@ -183,11 +183,11 @@ def test_an_excluded_board_is_asked_again_when_it_speaks(tmp_path):
     fleet.run(until=at_round(fleet, 2))
     fleet.boards[0].kill()
     fleet.run(until=at_round(fleet, 7))
-    assert fleet.rounds.members[0].excluded
+    assert fleet.rounds.attendance.members[0].excluded
     fleet.boards[0].boot()
     fleet.run()
-    assert not fleet.rounds.members[0].excluded
-    assert fleet.rounds.members[0].counted > 2
+    assert not fleet.rounds.attendance.members[0].excluded
+    assert fleet.rounds.attendance.members[0].counted > 2
     assert len(fleet.digests()) == 1
 
 
@@ -207,7 +207,7 @@ def test_a_smaller_cohort_asks_others_each_round(tmp_path):
     fleet = FleetInMemory(tmp_path, cohort=1)
     fleet.run()
     assert len(fleet.digests()) == 1
-    counted = [member.counted for member in fleet.rounds.members]
+    counted = [member.counted for member in fleet.rounds.attendance.members]
     assert sum(counted) == 12
     assert min(counted) >= 1
 
@@ -269,7 +269,7 @@ def test_a_board_that_sends_no_numbers_is_named_and_left_out(tmp_path):
     liar.agent._answer = lie
     fleet.run()
     assert fleet.log.skipped() == 0
-    assert fleet.rounds.members[0].counted == 0
+    assert fleet.rounds.attendance.members[0].counted == 0
     assert fleet.log.count_events("dropped", "board-0") >= 1
     assert fleet.log.count_events("excluded", "board-0") >= 1
     assert len(fleet.digests()) == 1

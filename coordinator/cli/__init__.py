@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from coordinator.cli import (
+    ctl,
     devices,
     doctor,
     fit,
@@ -42,6 +43,7 @@ app = typer.Typer(
 app.add_typer(testbed.app, name="testbed")
 app.add_typer(flash.app, name="flash")
 app.add_typer(devices.app, name="devices")
+app.command(name="ctl", epilog=ctl.EXAMPLE)(ctl.ctl)
 app.command(name="doctor", epilog=doctor.EXAMPLE)(doctor.doctor)
 app.command(name="simulate", epilog=simulate.EXAMPLE)(simulate.simulate)
 app.add_typer(log.app, name="log")

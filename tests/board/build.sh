@@ -4,17 +4,17 @@
 #
 #   build.sh FOLDER    gets card.img, vmlinuz, initrd.img; what is there already is not built again
 set -eu
+here=$(dirname "$(readlink -f "$0")")
 mkdir -p "$1"
 cd "$1"
 [ -f card.img ] && [ -f vmlinuz ] && [ -f initrd.img ] && exit 0
 export TMPDIR="$PWD" PATH="$PATH:/usr/sbin:/sbin"
-here=$(dirname "$(readlink -f "$0")")
 packages=linux-image-cloud-arm64,base-passwd,base-files,bash,coreutils,login,passwd,util-linux,mount,systemd
 packages=$packages,systemd-sysv,udev,dbus,cloud-init,python3,python3-venv,iproute2,kmod,procps,dash,grep,sed,gzip
 packages=$packages,findutils,hostname,libc-bin,netbase,mawk,init-system-helpers,debianutils,tzdata,busybox-static,netcat-openbsd
 
 if [ ! -f root.tar ]; then
-  nice mmdebstrap --mode=root --variant=extract --arch=arm64 --include=$packages \
+  nice mmdebstrap --format=tar --mode=root --variant=extract --arch=arm64 --include=$packages \
     --aptopt='Apt::Install-Recommends "false"' --dpkgopt='path-exclude=/usr/share/doc/*' \
     --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
     trixie root.tar.part

@@ -20,11 +20,12 @@ from coordinator.cli import main
 from coordinator.config import load_experiment
 from coordinator.flash.card import FOLDER
 from coordinator.flash.volume import boot_volume_of_image
+from coordinator.plans import plan_of
 from coordinator.progress import LineProgress
-from coordinator.rounds import Rounds
+from coordinator.rounds import Rounds, Terms
 from coordinator.scalar_log import ScalarLog
 from coordinator.service import Service
-from coordinator.testbed import plan_of, prepare
+from coordinator.testbed import prepare
 from edge_agent.bundle import read_bundle
 from edge_agent.link import MqttLink
 from edge_agent.topics import Topics
@@ -137,9 +138,11 @@ class Fleet:
         bundle = read_bundle(self.run / "bundle")
         with ScalarLog.open(self.run / "log.sqlite") as log:
             rounds = Rounds(
-                fleet=3, rounds=ROUNDS, plan_of=lambda round_: plan_of(self.experiment, bundle, round_),
-                epoch=log.next_epoch(), replica=bundle.replica(), batch_size=16, central=False, cohort=None,
-                quorum=None, deadline_s=1200.0, resend_s=5.0, seed=7,
+                fleet=3, epoch=log.next_epoch(), replica=bundle.replica(), seed=7,
+                terms_of=lambda _: Terms(
+                    lambda round_: plan_of(self.experiment, bundle, round_), ROUNDS, 16, False, None, None,
+                    1200.0, 5.0,
+                ),
             )  # fmt: skip
             self.rounds = rounds
             link = MqttLink(self.broker.url, client_id="coordinator")
