@@ -22,9 +22,9 @@ from edge_agent.bundle import Bundle
 from edge_agent.replay import Replica, apply_record
 from edge_agent.wire import RoundPlan, RoundRecord
 from profiles.errors import EstimateError
-from pruning.masks import Masks, keep_top
+from pruning.masks import Masks, densities_of, keep_top
 
-__all__ = ["Exploration", "explore", "guidance", "guided_masks"]
+__all__ = ["Exploration", "explore", "guidance", "guided_densities", "guided_masks"]
 
 Exploration = Sequence[tuple[RoundPlan, NDArray[np.float32]]]
 """Consecutive rounds from 0, each with one agent's scalars, float32 of shape (K, ``plan.scalars``)."""
@@ -89,3 +89,11 @@ def guided_masks(bundle: Bundle, explorations: Mapping[str, Exploration], *, den
     scores = {t.name: torch.from_numpy(found[t.offset : t.offset + t.size].reshape(t.shape)) for t in layers}
     masks = {name: torch.ones(score.shape) for name, score in scores.items()}
     return keep_top(scores, masks, density)
+
+
+def guided_densities(
+    bundle: Bundle, explorations: Mapping[str, Exploration], *, density: float
+) -> dict[str, float]:
+    """Return the fraction that :func:`guided_masks` keeps of each layer; no layer falls below one weight."""
+    masks = guided_masks(bundle, explorations, density=density)
+    return {name: max(kept, 1 / masks[name].numel()) for name, kept in densities_of(masks).items()}
