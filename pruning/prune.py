@@ -142,7 +142,7 @@ def prune_model(
         standardise: Offset and scale of the net's first layer, see
             :func:`pruning.models.standardisation`; the identity if None.
         labelled: Raw inputs and labels for ``snip`` and ``grasp``.
-        densities: Fraction that stays of each layer, as ``method`` found it elsewhere, in place of a saliency.
+        densities: Fraction that stays of each layer, as ``method`` found it elsewhere.
         progress: Called with the cuts done and all cuts.
 
     Raises:
