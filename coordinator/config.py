@@ -21,6 +21,7 @@ from coordinator.experiment import (
     Fleet,
     Method,
     Model,
+    Privacy,
     Pruning,
 )
 from coordinator.overrides import override
@@ -44,6 +45,8 @@ _OPEN_RANGES = {
     **dict.fromkeys(("floor", "head_rate", "stabiliser", "clip"), (0.0, 1e6)),
     "kept": (1e-6, 1.0),
     "levels": (1.0, 17.0),
+    "shares": (1.0, 256.0),
+    "layers": (1.0, 256.0),
 }
 """Where the constants of the methods work: from the first number up to, and not with, the second."""
 
@@ -55,6 +58,7 @@ _SECTIONS: dict[str, type[Any]] = {
     "fleet": Fleet,
     "broker": BrokerChoice,
     "evaluation": Evaluation,
+    "privacy": Privacy,
 }
 
 
@@ -242,6 +246,21 @@ def _check_together(experiment: Experiment, faults: Faults) -> None:
                 fleet.aggregation,
                 "compares agents that hold the same net. With `pruning.widths` it must be mean.",
             )
+    if faults.clear("method", "fleet.aggregation"):
+        shares = experiment.method.constants.get("shares", 1.0)
+        if shares > 1 and fleet.aggregation != "mean":
+            faults.refuse(
+                "fleet.aggregation",
+                fleet.aggregation,
+                f"compares agents that measured the same; with `method.shares` = {shares:g} they do not. "
+                'Set it to "mean", or `method.shares` to 1.',
+            )
+    if faults.clear("privacy") and experiment.privacy.noise and not experiment.privacy.clip:
+        faults.refuse(
+            "privacy.noise",
+            experiment.privacy.noise,
+            "is counted in clips, and `privacy.clip` is 0. Set it to a length that most replies have.",
+        )
     if faults.clear("fleet.deadline_s", "fleet.resend_s") and fleet.resend_s > fleet.deadline_s:
         faults.refuse(
             "fleet.resend_s",
@@ -252,7 +271,8 @@ def _check_together(experiment: Experiment, faults: Faults) -> None:
 
 def _check_method(method: Method, faults: Faults) -> None:
     rule = METHODS[method.name]
-    scalars = method.perturbations + (method.exact if rule.head else 0) + rule.losses
+    shares = int(method.constants.get("shares", 1))
+    scalars = shares * method.perturbations + (method.exact if rule.head else 0) + rule.losses
     if scalars * method.local_steps > _MOST_SCALARS:
         faults.refuse(
             "method.perturbations",
@@ -270,6 +290,8 @@ def _check_method(method: Method, faults: Faults) -> None:
         value = method.constants.get(name)
         if value is not None and not low <= value < high:
             faults.refuse(f"method.{name}", value, f"must be at least {low:g} and less than {high:g}.")
+        elif value is not None and name in ("shares", "layers") and value != int(value):
+            faults.refuse(f"method.{name}", value, "must be a whole number.")
 
 
 def _check_names(devices: Sequence[Device], faults: Faults) -> None:

@@ -68,7 +68,8 @@ def deal_levels(experiment: Experiment, bundles: Sequence[Bundle], slices: Mappi
         found = [_predict(experiment, bundle, slices[agent.name]) for bundle in bundles]
         fitting = [level for level, needed in enumerate(found) if needed.total_mib <= agent.memory_mib]
         level = max(fitting, default=0)
-        _check(found[level], bundles[level], agent)
+        if experiment.fleet.unfit != "fit":
+            _check(found[level], bundles[level], agent)
         levels.append(level)
         predictions.append(found[level])
     return Family(tuple(bundles), tuple(levels), tuple(predictions))
@@ -80,6 +81,7 @@ def _predict(experiment: Experiment, bundle: Bundle, samples: Samples) -> Predic
         Cost.from_dict(bundle.cost, params=bundle.params),
         batch_size=experiment.method.batch_size,
         curvature_bytes_per_param=METHODS[experiment.method.name].bytes_per_weight,
+        autodiff=METHODS[experiment.method.name].autodiff,
         data_bytes=samples.x.nbytes + samples.y.nbytes,
         graph_bytes=bundle.graph_path.stat().st_size,
     )

@@ -75,7 +75,7 @@ class Health:
         return found
 
     def _of_scalars(self, record: RoundRecord) -> dict[str, str]:
-        projected = record.scalars[:, : record.plan.perturbations].astype(np.float64)
+        projected = record.scalars[:, : record.plan.projected].astype(np.float64)
         if not projected.any():
             return {
                 "zeros": "all projected gradients are zero: the losses do not feel a step of "

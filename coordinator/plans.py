@@ -14,7 +14,7 @@ from coordinator.config import with_settings
 from coordinator.experiment import Experiment
 from edge_agent.bundle import Bundle
 from edge_agent.optimizer import METHODS
-from edge_agent.wire import RoundPlan
+from edge_agent.plan import RoundPlan
 from profiles.errors import ConfigError
 
 __all__ = ["CHANGED", "Plans", "plan_of"]
@@ -111,7 +111,10 @@ def plan_of(experiment: Experiment, bundle: Bundle, round_: int) -> RoundPlan:
     }
     if method.nested:
         constants["levels"] = max(1, len(bundle.stops))
-    layer = sum(tensor.size for tensor in bundle.tensors if tensor.name in bundle.head)
+    last = settings.constants.get("layers")
+    exact = [tensor for tensor in bundle.tensors if tensor.name in bundle.head]
+    if last is not None:
+        exact = [tensor for layer in bundle.layers[-int(last) :] for tensor in layer]
     return RoundPlan(
         round=round_,
         seed=experiment.seed,
@@ -121,5 +124,5 @@ def plan_of(experiment: Experiment, bundle: Bundle, round_: int) -> RoundPlan:
         epsilon=settings.epsilon,
         learning_rate=settings.learning_rate * factor,
         constants=method.values(constants),
-        exact=min(settings.exact, layer) if method.head else 0,
+        exact=min(settings.exact, sum(tensor.size for tensor in exact)) if method.head else 0,
     )

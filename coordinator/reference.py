@@ -14,8 +14,9 @@ from edge_agent.data import Samples, to_inputs
 from edge_agent.estimator import estimate
 from edge_agent.forward import Forward
 from edge_agent.head import chosen
+from edge_agent.plan import RoundPlan
 from edge_agent.replay import Replica
-from edge_agent.wire import RoundOpen, RoundPlan
+from edge_agent.wire import RoundOpen
 
 __all__ = ["Reference"]
 

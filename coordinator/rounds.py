@@ -13,10 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coordinator.aggregation import aggregate_levels, mean_loss, tolerated
-from coordinator.attendance import Attendance
+from coordinator.attendance import SILENT_ROUNDS, Attendance
+from coordinator.ledger import Ledger, Work
 from coordinator.outliers import Outliers
+from edge_agent.cohort import Cohort
+from edge_agent.plan import RoundPlan
 from edge_agent.replay import Replica, apply_record
-from edge_agent.wire import Cohort, Reply, RoundOpen, RoundPlan, RoundRecord
+from edge_agent.wire import Reply, RoundOpen, RoundRecord
 from profiles.errors import EstimateError
 
 __all__ = ["Action", "Announce", "Commit", "Late", "Note", "Rounds", "Terms"]
@@ -86,6 +89,7 @@ class Terms:
         resend_s: A round without all its answers is announced again after this, then less and less often.
         rule: How the replies become one; see :data:`coordinator.aggregation.RULES`.
         liars: The share of the agents that may lie; the mean trusts all.
+        private: Replies tell no loss.
     """
 
     plan_of: Callable[[int], RoundPlan]
@@ -98,6 +102,7 @@ class Terms:
     resend_s: float
     rule: str = "mean"
     liars: float = 0.2
+    private: bool = False
 
 
 @dataclass
@@ -140,13 +145,14 @@ class Rounds:
         seed: Decides who is asked.
         reference: What the classes' scalars are in the first step of a round; by them the other rules see who
             cannot have measured. None where the coordinator has no samples.
+        ledger: What the agents may spend; None asks all of them for whole batches.
         levels: Which width of the family each agent holds, 0 for the narrowest; empty without a family.
 
     Attributes:
         dropped: Count of replies that changed nothing, by reason.
         attendance: What is known of each agent.
         replica: The coordinator's replica.
-        levels: Which width of the family each agent holds.
+        ledger: As given.
         outliers: Statistics of who answers unlike the others.
     """
 
@@ -160,6 +166,7 @@ class Rounds:
         recent: Sequence[RoundRecord] = (),
         seed: int,
         reference: Callable[[RoundOpen], Sequence[NDArray[np.float64]]] | None = None,
+        ledger: Ledger | None = None,
         levels: Sequence[int] = (),
     ) -> None:
         self.dropped: Counter[str] = Counter()
@@ -171,6 +178,9 @@ class Rounds:
         self._recent = list(recent)[-_RECENT:]
         self._seed = seed
         self._reference = reference
+        self.ledger = ledger
+        self._left_out: dict[int, str] = {}
+        self._uncounted: frozenset[int] = frozenset()
         self.levels = tuple(levels) or (0,) * fleet
         self._paused = False
         self._open: _Open | None = None
@@ -250,6 +260,18 @@ class Rounds:
             return [Note("readmitted", agent, "the agent spoke again")]
         return []
 
+    def shut_out(self, agent: int, now: float) -> list[Action]:
+        """Take an agent out at once: what it said in the open round does not count, nobody waits for it."""
+        self.attendance.members[agent].silent = SILENT_ROUNDS
+        self._set_presence(agent, online=False)
+        opened = self._open
+        if opened is not None and agent in opened.members and len(opened.members) > 1:
+            opened.members -= {agent}
+            opened.waiting.discard(agent)
+            for replies in (opened.answered, opened.counted):
+                replies.pop(agent, None)
+        return self._close_if_over(now)
+
     def on_reply(self, agent: int, reply: Reply, now: float) -> list[Action]:
         """Take in a reply; whatever does not belong to the open round is counted and dropped."""
         opened = self._open
@@ -275,17 +297,19 @@ class Rounds:
             actions.append(Note("estimate failed", agent, f"round {round_}"))
         else:
             opened.counted[agent] = reply
-            if reply.samples < opened.message.batch_size:
-                fewer = f"round {round_}: {reply.samples} of {opened.message.batch_size} samples"
+            if reply.samples < opened.message.batch_of(agent):
+                fewer = f"round {round_}: {reply.samples} of {opened.message.batch_of(agent)} samples"
                 actions.append(Note("smaller batch", agent, fewer))
-        return actions + self._close_if_over(now)
+        return actions + self._charge(opened.message, agent, reply) + self._close_if_over(now)
 
     def on_tick(self, now: float) -> list[Action]:
         """Close, extend, skip or announce again, as the time says."""
         opened = self._open
         passed = now - (now if self._ticked_s is None else self._ticked_s)
         self._ticked_s = now
-        if opened is None or opened.message.closing:
+        if opened is None:
+            return self._open_next(now) if self._left_out else []  # a new day, a cooler board
+        if opened.message.closing:
             return []
         if self._link_up and self.attendance.anybody and not self._paused:
             # A long gap between two ticks is a laptop that slept: nobody could have answered.
@@ -300,6 +324,14 @@ class Rounds:
             opened.resend_s = min(1.5 * opened.resend_s, _SLOWEST_RESEND_S)
             return self.announce_again(now)
         return []
+
+    def _charge(self, message: RoundOpen, agent: int, reply: Reply) -> list[Action]:
+        """Charge an agent for its work, whether or not it counts."""
+        if self.ledger is None:
+            return []
+        work = Work(agent, message.plan, reply.samples, message.central)
+        told = self.ledger.charge(work, peak_mib=reply.peak_kib / 1024)
+        return [Note("over budget", agent, text) for text in told]
 
     def _set_presence(self, agent: int, *, online: bool) -> None:
         self.attendance.note_presence(agent, online=online)
@@ -322,9 +354,9 @@ class Rounds:
             return "not asked"
         if agent in opened.answered:
             return "duplicate"
-        if not reply.failed and reply.scalars.size != plan.steps * plan.scalars:
+        if not reply.failed and reply.scalars.size != plan.steps * plan.reply_scalars:
             return "wrong number of scalars"
-        if not 1 <= reply.samples <= opened.message.batch_size:
+        if not 1 <= reply.samples <= opened.message.batch_of(agent):
             return "wrong number of samples"
         if reply.digest != opened.digests[self.levels[agent]]:
             return "digest disagrees"
@@ -348,36 +380,34 @@ class Rounds:
         counted = opened.counted
         plan = opened.message.plan
         skipped = len(counted) < max(1, self._needed(opened))
-        changes = [] if skipped else self.outliers.observe(counted, self._classes(opened))
-        scalars = np.zeros((plan.steps, plan.logged_scalars), np.float32)
+        alike = plan.shares == 1  # agents of unlike shares measure unlike things
+        changes = self.outliers.observe(counted, self._classes(opened)) if alike and not skipped else []
+        scalars = np.zeros((plan.steps, plan.scalars), np.float32)
         trusted, liars = self._trusted(counted, opened.terms)
+        # Where as many were left out as may lie, nobody is left to trim: the mean makes most of the others.
+        rule = "trimmed" if len(trusted) < len(counted) and liars == 0 else opened.terms.rule
         if not skipped:
-            rule = opened.terms.rule
             scalars = aggregate_levels(trusted, self.levels, plan, rule=rule, liars=liars)
         record = RoundRecord(plan, self._epoch, skipped, scalars, digest=0)
         apply_record(self.replica, record, check=False)
-        *narrower, digest = self.replica.digests()
-        record = replace(record, digest=digest, narrower=tuple(narrower))
+        record = record.ending(self.replica.digests())
         self._recent = [*self._recent, record][-_RECENT:]
         self._open = None
         self._stragglers[plan.round] = opened.waiting
         self._stragglers.pop(plan.round - _RECENT, None)
         actions: list[Action] = []
         for agent in sorted(opened.members):
-            told = self.attendance.account(
-                agent,
-                plan.round,
-                counted=agent in counted and not skipped,
-                silent=agent in opened.waiting,
-            )
+            done, silent = agent in counted and not skipped, agent in opened.waiting
+            told = self.attendance.account(agent, plan.round, counted=done, silent=silent)
             actions += [Note(kind, agent, text) for kind, text in told]
         if skipped:
             missing = f"round {plan.round}: {len(counted)} of {self._needed(opened)} needed"
             actions.append(Note("skipped", None, missing))
         for agent, text in changes:
             actions.append(Note("suspect" if text else "trusted again", agent, text))
+        self._uncounted = opened.members - (frozenset() if skipped else counted.keys())
         replies = {a: (reply, a in trusted and not skipped) for a, reply in opened.answered.items()}
-        loss = None if skipped else mean_loss(trusted)
+        loss = None if skipped or opened.terms.private else mean_loss(trusted)
         actions.append(Commit(record, loss, opened.opened_s, replies))
         return actions + self._open_next(now)
 
@@ -409,11 +439,20 @@ class Rounds:
         round_ = self.replica.round
         terms = self._terms_of(round_)
         fleet = len(self.attendance.members)
-        members = (
-            [] if self.finished else self.attendance.choose(round_, cohort=terms.cohort, seed=self._seed)
-        )
+        plan, batches, actions = terms.plan_of(round_), dict[int, int](), list[Action]()
+        members: list[int] = []
+        if not self.finished:
+            plan, batches, actions = self._fit(plan, terms)
+            members = self.attendance.choose(
+                round_, cohort=terms.cohort, seed=self._seed, without=self._left_out.keys()
+            )
+            if not members:
+                return actions
+        if self.ledger is not None:
+            for agent in members:
+                self.ledger.ask(Work(agent, plan, batches.get(agent, terms.batch_size), terms.central))
         message = RoundOpen(
-            plan=terms.plan_of(round_),
+            plan=plan,
             epoch=self._epoch,
             attempt=0,
             batch_size=terms.batch_size,
@@ -422,6 +461,8 @@ class Rounds:
             deadline_ms=min(int(terms.deadline_s * 1000), 0xFFFFFFFF),
             cohort=Cohort(None if len(members) == fleet else frozenset(members)),
             records=tuple(self._recent),
+            batches={agent: batches[agent] for agent in members if agent in batches},
+            uncounted=self._uncounted,
         )
         self._open = _Open(
             message=message,
@@ -429,11 +470,30 @@ class Rounds:
             opened_s=now,
             announced_s=now,
             resend_s=terms.resend_s,
-            digests=(*self._recent[-1].narrower, self._recent[-1].digest)
-            if self._recent
-            else self.replica.digests(),
+            digests=self._recent[-1].digests if self._recent else self.replica.digests(),
             members=frozenset(members),
             waiting=set(members),
             present={agent for agent in members if self.attendance.members[agent].online},
         )
-        return [Announce(message)]
+        return [*actions, Announce(message)]
+
+    def _fit(self, plan: RoundPlan, terms: Terms) -> tuple[RoundPlan, dict[int, int], list[Action]]:
+        """Fit a round to the budgets; say who is left out that was not, and who no longer is."""
+        if self.ledger is None:
+            return plan, {}, []
+        fitting = self.ledger.fit(
+            plan,
+            batch_size=terms.batch_size,
+            central=terms.central,
+            agents=range(len(self.attendance.members)),
+            needed=terms.quorum or 1,
+        )
+        before, self._left_out = self._left_out, dict(fitting.left_out)
+        actions: list[Action] = [
+            Note("left out", agent, reason) for agent, reason in self._left_out.items() if agent not in before
+        ]
+        actions += [Note("fits again", agent, "") for agent in before if agent not in self._left_out]
+        if plan.perturbations != fitting.plan.perturbations:
+            fewer = f"{fitting.plan.perturbations} of {plan.perturbations}"
+            actions.append(Note("fewer perturbations", None, f"round {plan.round}: {fewer}"))
+        return fitting.plan, dict(fitting.batches), actions

@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coordinator.log_schema import SCHEMA_VERSION, create, migrate
-from edge_agent.wire import Reply, RoundPlan, RoundRecord, decode_record, encode_record
+from edge_agent.plan import RoundPlan
+from edge_agent.wire import Reply, RoundRecord, decode_record, encode_record
 from profiles.errors import DigestError, LogError, WireError
 
 __all__ = ["FleetRow", "Order", "ScalarLog"]
@@ -152,6 +153,7 @@ class ScalarLog:
         closed_at: float,
         replies: Mapping[str, tuple[Reply, bool, float]],
         events: Sequence[tuple[float, str, str, str]] = (),
+        accounts: Sequence[tuple[str, str, str]] = (),
     ) -> None:
         """Commit a record and the replies behind it; when this returns, they are on the disk.
 
@@ -162,6 +164,7 @@ class ScalarLog:
             closed_at: Unix time.
             replies: By agent name: the reply, whether it was counted, and when it came.
             events: What happened until then: Unix time, kind, agent, text.
+            accounts: What the ledger holds: day, agent, text.
 
         Raises:
             LogError: The record is not the next one, or the disk does not take it.
@@ -184,6 +187,7 @@ class ScalarLog:
                 self._db.execute("INSERT INTO records VALUES (?, ?, ?, ?, ?, ?, ?)", row)
                 self._insert_replies((a, reply, counted, at) for a, (reply, counted, at) in replies.items())
                 self._insert_events(events)
+                self._db.executemany("INSERT OR REPLACE INTO ledger VALUES (?, ?, ?)", accounts)
         except sqlite3.Error as error:
             raise LogError(
                 f"round {record.plan.round} could not be written to {self.path}: {error}",
@@ -244,6 +248,10 @@ class ScalarLog:
         """Return the fleet, in the order of its numbers."""
         query = "SELECT name, profile, budget_mib, predicted_mib FROM agents ORDER BY id"
         return [FleetRow(*row) for row in self._db.execute(query)]
+
+    def accounts(self) -> list[tuple[str, str, str]]:
+        """Return the ledger, oldest day first: day, agent, text."""
+        return list(self._db.execute("SELECT day, agent, account FROM ledger ORDER BY day, agent"))
 
     def add_order(self, verb: str, arguments: str) -> int:
         """Ask something of the coordinator at work, committed; return the order's number."""

@@ -7,7 +7,7 @@ is published. Whatever arrives and does not belong is counted and dropped.
 import json
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ class Service:
         agents: Names of the fleet in the order of their numbers.
         bundle_identity: What the agents must have.
         narrower: Identities of the narrower bundles of a family, the narrowest first.
+        privacy: What every agent does to its scalars: ``clip`` and ``noise``; None for nothing.
         shards: Topics over which the agents are spread.
         checkpoint: File for the replica as it is every few hundred rounds; it bounds what a late joiner, or
             the next coordinator, has to replay. None keeps it in memory alone.
@@ -72,6 +73,7 @@ class Service:
         agents: Sequence[str],
         bundle_identity: str,
         narrower: Sequence[str] = (),
+        privacy: Mapping[str, float] | None = None,
         shards: int = 1,
         checkpoint: Path | None = None,
         checkpoint_every: int = 500,
@@ -91,6 +93,7 @@ class Service:
         self._roster = pack_names(agents)
         self._bundle_identity = bundle_identity
         self._identities = [*narrower, bundle_identity]
+        self._privacy = privacy
         self._shards = shards
         self._checkpoint = checkpoint
         self._checkpoint_every = checkpoint_every
@@ -101,6 +104,7 @@ class Service:
         self._on_idle = on_idle
         self._clock = clock
         self._state = "running"
+        self._shut_out: frozenset[str] = frozenset()
         self._closing_since: float | None = None
         self._processes: dict[str, set[int]] = {}
         self._told: Counter[tuple[str, str]] = Counter()
@@ -166,6 +170,18 @@ class Service:
         if (self._events or self._late) and now - self._notes_at >= _REPEAT_S:
             self._write_notes()
 
+    def shut_out(self, names: Collection[str]) -> None:
+        """Hear nothing more of these agents, and count nothing that they said in the open round.
+
+        Args:
+            names: All whose certificates were revoked; who is no longer among them is heard again.
+        """
+        for name in sorted(set(names) & self._numbers.keys() - self._shut_out):
+            self._tell("revoked", name, "its certificate counts no more", stranger=False)
+            self.statuses[name] = {**self.statuses.get(name, {}), "state": "offline"}
+            self._act(self._rounds.shut_out(self._numbers[name], self._clock()))
+        self._shut_out = frozenset(names)
+
     def announce_state(self, state: str) -> None:
         """Publish the run's configuration with another state, such as "stopped"."""
         self._state = state
@@ -230,6 +246,7 @@ class Service:
             "epoch": self._rounds.epoch,
             "agents": self._roster,
             "shards": self._shards,
+            **({} if self._privacy is None else {"privacy": dict(self._privacy)}),
         }
         self._say(self._topics.control, json.dumps(control).encode())
 
@@ -252,7 +269,9 @@ class Service:
         if self._closing_since is None:
             self._closing_since = now
         last = self._rounds.replica.round
-        behind = [name for name in self._agents if self._status_round(name) != last]
+        behind = [
+            name for name in self._agents if self._status_round(name) != last and name not in self._shut_out
+        ]
         return not behind or now - self._closing_since >= farewell_s
 
     def _status_round(self, name: str) -> int | None:
@@ -286,6 +305,7 @@ class Service:
             closed_at=closed_at,
             replies=replies,
             events=self._events,
+            accounts=[] if self._rounds.ledger is None else self._rounds.ledger.unsaved(),
         )
         self._events.clear()
         if (action.record.plan.round + 1) % self._checkpoint_every == 0:
@@ -311,7 +331,7 @@ class Service:
 
     def _tell(self, kind: str, name: str, text: str, *, stranger: bool) -> None:
         """Note an event for people: all of them at first, then ever fewer of what anybody can cause."""
-        always = kind in ("missed", "excluded", "skipped", "extended", "suspect", "trusted again")
+        always = kind in ("missed", "excluded", "skipped", "extended", "suspect", "trusted again", "left out")
         self._told[kind, name] += 1
         count = self._told[kind, name]
         if always or count in (_STRANGERS_TOLD_AT if stranger else _TOLD_AT):
@@ -333,6 +353,8 @@ class Service:
         number = self._numbers.get(name)
         if number is None:
             self._drop(f"{kind}: not in the fleet", "", name[:64])
+        elif name in self._shut_out:
+            self._drop("revoked", name)
         elif kind == "st" and len(rest) == 1:
             self._on_status(number, message.payload, now)
         elif kind == "u" and rest == [str(shard_of(name, self._shards)), name]:
@@ -357,6 +379,9 @@ class Service:
         except WireError as error:
             self._drop("malformed status", name, str(error))
             return
+        if status.get("name", name) != name:
+            self._drop("status in another's name", name, status["name"])
+            return
         before = self.statuses.get(name, {})
         state = status["state"]
         hello = before.get("state", "offline") == "offline" or before.get("pid") != status.get("pid")
@@ -365,6 +390,8 @@ class Service:
         # A last will says only that the agent is gone: keep what it said before.
         self.statuses[name] = {**before, **status}
         self._count_traffic(name, status)
+        if self._rounds.ledger is not None:
+            self._rounds.ledger.note_status(number, status, now=now)
         online = state != "offline"
         self._act(self._rounds.on_presence(number, online=online, hello=hello, now=now))
 

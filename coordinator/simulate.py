@@ -7,17 +7,19 @@ simulation and of a fleet agree, if no message of the fleet came too late.
 """
 
 import json
+import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from coordinator.config import dump
+from coordinator.evaluation import Evaluator, judge_widths
 from coordinator.experiment import Experiment
 from coordinator.family import deal_levels, read_family
 from coordinator.health import Health
@@ -25,15 +27,19 @@ from coordinator.partition import partition
 from coordinator.progress import Observer, Standing
 from coordinator.rounds import Action, Announce, Commit, Rounds
 from coordinator.scalar_log import ScalarLog
-from coordinator.testbed import Evaluator, judge_widths, make_bundle, read_samples, rounds_of
+from coordinator.testbed import make_bundle, read_samples, rounds_of
 from edge_agent.bundle import Bundle
 from edge_agent.data import Samples
 from edge_agent.forward import Forward
-from edge_agent.measure import measure
+from edge_agent.measure import forward_for, measure
+from edge_agent.privacy import Privacy, privatise
 from edge_agent.replay import Replica
 from edge_agent.wire import Reply, RoundOpen, decode, encode
 from profiles.errors import ConfigError, EstimateError
 from profiles.memory import peak_rss_mib
+
+if TYPE_CHECKING:
+    from edge_agent.torch_forward import TorchForward
 
 __all__ = ["Spending", "deal", "play", "simulate", "with_agents"]
 
@@ -138,7 +144,18 @@ def _simulate(experiment: Experiment, folder: Path, observer: Observer) -> dict[
             )
 
         narrower = family.bundles[:-1] if family is not None else ()
-        play(rounds, bundle, train, parts, narrower=narrower, on_commit=on_commit, spent=spent)
+        asked = experiment.privacy
+        privacy = Privacy(asked.clip, asked.noise) if asked.clip else None
+        play(
+            rounds,
+            bundle,
+            train,
+            parts,
+            narrower=narrower,
+            on_commit=on_commit,
+            spent=spent,
+            privacy=privacy,
+        )
         loss, accuracy = log.last_evaluation() or (None, None)
         summary = {
             "name": experiment.name,
@@ -185,6 +202,7 @@ def play(
     on_commit: Callable[[Commit], None],
     spent: Spending,
     stop: Callable[[], bool] = lambda: False,
+    privacy: Privacy | None = None,
 ) -> None:
     """Play all rounds, one agent after the other.
 
@@ -197,10 +215,11 @@ def play(
         on_commit: Called with every record, in order.
         spent: Counts what the agents would have spent.
         stop: Asked after every record; True ends the simulation.
+        privacy: What the agents do to their replies; its noise differs every time.
     """
     replica = rounds.replica
     views = [*(replica.at_level(level) for level in range(len(narrower))), replica]
-    forwards = [Forward(one, view.weights) for one, view in zip([*narrower, bundle], views, strict=True)]
+    forwards: list[Forward | TorchForward] = []
     pending: deque[Action] = deque(rounds.start(0.0))
     while pending:
         action = pending.popleft()
@@ -211,17 +230,22 @@ def play(
         elif isinstance(action, Announce) and not action.message.closing:
             opened, size = action.message, len(encode(action.message))
             digests = [view.digest() for view in views]
+            held = zip([*narrower, bundle], views, strict=True)
+            forwards = forwards or [forward_for(one, view, opened.plan) for one, view in held]
             for number in range(len(parts)):
                 if number in opened.cohort:
-                    held = rounds.levels[number] if narrower else 0
-                    seen = forwards[held], views[held], digests[held]
+                    level = rounds.levels[number] if narrower else 0
+                    seen = forwards[level], views[level], digests[level]
                     reply = _reply(*seen, train, parts[number], opened, number, spent)
+                    if privacy is not None:
+                        scalars = privatise(reply.scalars, privacy, os.urandom)
+                        reply = replace(reply, scalars=scalars, loss=0.0)
                     spent.bytes_down += size
                     pending.extend(rounds.on_reply(number, reply, 0.0))
 
 
 def _reply(
-    forward: Forward,
+    forward: "Forward | TorchForward",
     replica: Replica,
     digest: int,
     train: Samples,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.experiment import Experiment
+from coordinator.privacy import epsilon
 from coordinator.scalar_log import ScalarLog
 from coordinator.service import Service
 from edge_agent.bundle import Bundle
@@ -85,6 +86,8 @@ def write_summary(
                 "round": status.get("round"),
             }
         )
+    privacy = experiment.privacy
+    most = max((log.replies_of(row.name) for row in log.fleet()), default=0)
     agree = bool(agents) and all(
         agent["digest"] == digests[level] and agent["round"] == last_round
         for agent, level in zip(agents, service.levels, strict=True)
@@ -102,6 +105,19 @@ def write_summary(
         "flops_per_step_dense": step_flops["dense"],
         "flops_per_step_pruned": step_flops["pruned"],
         **_traffic(service.traffic),
+        **(
+            {
+                "privacy": {
+                    "clip": privacy.clip,
+                    "noise": privacy.noise,
+                    "delta": privacy.delta,
+                    "replies": most,
+                    "epsilon": epsilon(privacy.noise, most, delta=privacy.delta) if privacy.noise else None,
+                }
+            }
+            if privacy.clip
+            else {}
+        ),
         "digests_agree": agree,
         "final_digest": digests[-1],
         "seconds_per_round": log.seconds_per_round(),

@@ -30,9 +30,10 @@ from edge_agent.estimator import Estimate
 from edge_agent.grid import plan_segments, snap
 from edge_agent.link import MqttLink
 from edge_agent.optimizer import METHODS
+from edge_agent.plan import RoundPlan
 from edge_agent.replay import Replica
 from edge_agent.topics import Topics
-from edge_agent.wire import RoundOpen, RoundPlan, RoundRecord
+from edge_agent.wire import RoundOpen, RoundRecord
 from profiles.errors import BrokerError, ConfigError
 from profiles.memory import peak_rss_mib
 

@@ -8,8 +8,9 @@ run goes on where it stopped.
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,17 @@ import numpy as np
 from coordinator.broker import Broker, open_broker
 from coordinator.config import dump, load_experiment
 from coordinator.control import Control
+from coordinator.evaluation import Evaluator, judge_widths
 from coordinator.experiment import Experiment
 from coordinator.family import deal_levels, folders_of, read_family
+from coordinator.guard import Guard, connect, guard_of
 from coordinator.health import Health
+from coordinator.ledger import Ledger
+from coordinator.local_fleet import local_fleet
 from coordinator.partition import partition
 from coordinator.plans import CHANGED, Plans
+from coordinator.pricing import price_of
+from coordinator.privacy import check_accountant
 from coordinator.progress import Observer, Standing
 from coordinator.rebuild import CHECKPOINT, resume_replica
 from coordinator.reference import Reference
@@ -31,11 +38,8 @@ from coordinator.rounds import Rounds, Terms
 from coordinator.scalar_log import ScalarLog
 from coordinator.service import Service
 from coordinator.summary import write_summary
-from coordinator.supervisor import Supervisor, agent_command
-from edge_agent.bundle import Bundle, read_bundle
+from edge_agent.bundle import Bundle, read_bundle, sign_bundle
 from edge_agent.data import Samples, load_samples, to_inputs
-from edge_agent.forward import Forward
-from edge_agent.link import MqttLink
 from edge_agent.optimizer import METHODS
 from edge_agent.replay import Replica
 from edge_agent.topics import Topics
@@ -44,17 +48,14 @@ from profiles.cost import graph_cost
 from profiles.errors import ConfigError, DataError, ScalarfedError
 
 __all__ = [
-    "Evaluator",
-    "evaluate",
-    "judge_widths",
+    "ledger_of",
     "make_bundle",
     "prepare",
+    "privacy_of",
     "read_samples",
     "rounds_of",
     "run_testbed",
 ]
-
-_EVALUATION_BATCH = 256
 
 
 def run_testbed(experiment: Experiment, *, out: Path, resume: bool, observer: Observer) -> dict[str, Any]:
@@ -84,17 +85,25 @@ def run_testbed(experiment: Experiment, *, out: Path, resume: bool, observer: Ob
     bundle = read_bundle(out / "bundle")
     with ScalarLog.open(out / "log.sqlite") as log, contextlib.ExitStack() as stack:
         try:
-            broker = open_broker(out, url=experiment.broker.url, port=experiment.broker.port)
+            guard = guard_of(experiment.broker, out)
+            if guard is not None:
+                sign_bundle(out / "bundle", guard.authority.signer())
+                broker = guard.start(out, host=experiment.broker.listen, port=experiment.broker.port)
+            else:
+                choice = experiment.broker
+                broker = open_broker(out, url=choice.url, host=choice.listen, port=choice.port)
         except ScalarfedError:
             if not resume:  # nothing was trained yet
                 stack.callback(shutil.rmtree, out)
                 stack.callback(log.close)
             raise
         stack.callback(broker.stop)
-        observer.line(f"broker: {broker.kind} at {broker.url}")
+        observer.line(f"broker: {broker.kind} at {broker.agents_url}")
         log.set_meta("broker", broker.kind)
         try:
-            service = _train(experiment, out, bundle, test, log=log, broker=broker, observer=observer)
+            service = _train(
+                experiment, out, bundle, test, log=log, broker=broker, guard=guard, observer=observer
+            )
         except BaseException as error:
             log.add_event("interrupted", "", f"{type(error).__name__}: {error}")
             raise
@@ -143,6 +152,8 @@ def read_samples(experiment: Experiment) -> tuple[Samples, Samples]:
 
 
 def _prepare(experiment: Experiment, folder: Path, observer: Observer) -> None:
+    if experiment.privacy.noise:
+        check_accountant()
     observer.stage(f"reading {experiment.data.path}")
     train, _ = read_samples(experiment)
     agents = experiment.agents
@@ -224,7 +235,8 @@ def make_bundle(experiment: Experiment, folder: Path, train: Samples, observer: 
         observer.line(f"{len(family)} nested widths of {sizes} parameters")
         return family[-1]
     bundle = write_pruned(pruned, folder, cost=_cost)
-    if METHODS[experiment.method.name].head and experiment.method.exact and not bundle.head:
+    method = METHODS[experiment.method.name]
+    if method.head and not method.autodiff and experiment.method.exact and not bundle.head:
         raise ConfigError(
             f"`{experiment.method.name}` needs the last layer's gradient, and the last layer of "
             f"{pruned.model} is not linear",
@@ -245,6 +257,7 @@ def rounds_of(
     epoch: int,
     recent: Sequence[RoundRecord] = (),
     plans: Plans | None = None,
+    ledger: Ledger | None = None,
     levels: Sequence[int] = (),
 ) -> Rounds:
     """Return the state machine of an experiment's rounds, not yet started.
@@ -256,6 +269,7 @@ def rounds_of(
         epoch: Incarnation of the coordinator.
         recent: The records just before that round.
         plans: What each round asks; the experiment's own plans where left out.
+        ledger: What the agents may spend.
         levels: By agent number, the width of the family that it holds.
     """
     asked = plans or Plans(experiment, bundle)
@@ -267,7 +281,23 @@ def rounds_of(
         recent=recent,
         seed=experiment.seed,
         reference=_reference(experiment, bundle, replica),
+        ledger=ledger,
         levels=levels,
+    )
+
+
+def ledger_of(experiment: Experiment, bundle: Bundle, log: ScalarLog) -> Ledger:
+    """Return the books of a prepared run, as the log holds them."""
+    agents = experiment.agents
+    predicted = [row.predicted_mib for row in log.fleet()]
+    batch_size, levels = experiment.method.batch_size, json.loads(log.meta().get("levels", "[]"))
+    prices = [price_of(one, predicted, batch_size=batch_size) for one in read_family(bundle.folder)]
+    return Ledger(
+        [agent.name for agent in agents],
+        [agent.budget for agent in agents],
+        lambda work: prices[levels[work.agent] if levels else 0](work),
+        today=lambda: datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        stored=log.accounts(),
     )
 
 
@@ -284,7 +314,14 @@ def _terms(experiment: Experiment, plans: Plans) -> Terms:
         resend_s=fleet.resend_s,
         rule=fleet.aggregation,
         liars=fleet.liars,
+        private=experiment.privacy.clip > 0,
     )
+
+
+def privacy_of(experiment: Experiment) -> dict[str, float] | None:
+    """Return what the control message asks of agents for privacy's sake, None for nothing."""
+    privacy = experiment.privacy
+    return {"clip": privacy.clip, "noise": privacy.noise} if privacy.clip else None
 
 
 def _reference(experiment: Experiment, bundle: Bundle, replica: Replica) -> Reference | None:
@@ -297,69 +334,6 @@ def _reference(experiment: Experiment, bundle: Bundle, replica: Replica) -> Refe
     return Reference(bundle, replica, load_samples(experiment.data.path, "test", classes=bundle.classes))
 
 
-class Evaluator:
-    """Judges a replica by samples that no agent has.
-
-    Args:
-        bundle: Whose graph it is.
-        replica: Only read; where the method keeps a running mean of the weights, that is judged.
-        samples: The test samples.
-    """
-
-    def __init__(self, bundle: Bundle, replica: Replica, samples: Samples) -> None:
-        self._bundle = bundle
-        self._replica = replica
-        self._samples = samples
-        self._weights = replica.evaluated()
-        self._forward = Forward(bundle, self._weights)
-
-    def __call__(self) -> tuple[float, float]:
-        """Return mean loss and accuracy at the replica's present round."""
-        weights = self._replica.evaluated()
-        if weights.ctypes.data != self._weights.ctypes.data:  # a running mean begins with the first record
-            self._weights = weights
-            self._forward = Forward(self._bundle, weights)
-        return evaluate(self._forward, self._samples)
-
-
-def evaluate(forward: Forward, samples: Samples) -> tuple[float, float]:
-    """Return mean loss and accuracy over all samples."""
-    losses = 0.0
-    right = 0
-    for start in range(0, len(samples), _EVALUATION_BATCH):
-        batch = samples.pick(slice(start, start + _EVALUATION_BATCH))
-        loss, correct = forward.evaluate(to_inputs(batch.x), batch.y)
-        losses += loss * len(batch)
-        right += correct
-    return losses / len(samples), right / len(samples)
-
-
-def judge_widths(
-    bundles: Sequence[Bundle], replica: Replica, levels: Sequence[int], test: Samples
-) -> list[dict[str, Any]]:
-    """Return what each width of a family is and can: parameters, FLOPs, agents that hold it, accuracy.
-
-    Args:
-        bundles: The narrowest first.
-        replica: The widest one's.
-        levels: By agent number, the index of its bundle.
-        test: Samples that no agent has.
-    """
-    judged = []
-    for level, bundle in enumerate(bundles):
-        loss, accuracy = evaluate(Forward(bundle, replica.at_level(level).weights), test)
-        judged.append(
-            {
-                "params": bundle.params,
-                "forward_flops": bundle.cost["forward_flops"],
-                "agents": list(levels).count(level),
-                "test_loss": loss,
-                "test_accuracy": accuracy,
-            }
-        )
-    return judged
-
-
 def _train(
     experiment: Experiment,
     out: Path,
@@ -368,6 +342,7 @@ def _train(
     *,
     log: ScalarLog,
     broker: Broker,
+    guard: Guard | None,
     observer: Observer,
 ) -> Service:
     epoch = log.next_epoch()
@@ -378,7 +353,17 @@ def _train(
     log.add_event("coordinator started", "", f"epoch {epoch}, round {replica.round}")
     plans = Plans(experiment, bundle, log.texts_of(CHANGED))
     recent = list(log.records(max(0, replica.round - 4)))
-    rounds = rounds_of(experiment, bundle, replica, epoch=epoch, recent=recent, plans=plans, levels=levels)
+    ledger = ledger_of(experiment, bundle, log)
+    rounds = rounds_of(
+        experiment,
+        bundle,
+        replica,
+        epoch=epoch,
+        recent=recent,
+        plans=plans,
+        ledger=ledger,
+        levels=levels,
+    )
     accuracy: float | None = None
 
     def evaluate_now() -> None:
@@ -401,25 +386,29 @@ def _train(
             Standing(done, present.rounds, loss, accuracy, service.online(), agents, *service.bytes_seen())
         )
 
-    with _fleet(experiment, out, broker, log, levels) as supervisor:
+    with local_fleet(experiment, out, broker, log, guard, levels) as supervisor:
 
         def on_idle() -> None:
             control.poll()
             supervisor.watch()
+            if guard is not None:
+                service.shut_out(guard.watch())
             # A broker that is not ours comes back by itself or by whoever runs it; the link waits for it.
             if broker.pid is not None and not broker.alive():
                 log.add_event("broker ended", "", f"starting {broker.kind} again")
                 broker.restart()
 
-        link = MqttLink(broker.url, client_id=f"{_run_name(experiment)}-coordinator")
+        topics = Topics("scalarfed", _run_name(experiment))
+        carrier, link = connect(broker, topics, guard)
         service = Service(
             link=link,
-            topics=Topics("scalarfed", _run_name(experiment)),
+            topics=topics,
             log=log,
             rounds=rounds,
             agents=[agent.name for agent in experiment.agents],
             bundle_identity=bundle.identity,
             narrower=[one.identity for one in family[:-1]],
+            privacy=privacy_of(experiment),
             checkpoint=out / CHECKPOINT,
             on_commit=on_commit,
             on_idle=on_idle,
@@ -432,38 +421,11 @@ def _train(
             service.run(stop=lambda: control.stopped)
         finally:
             service.announce_state("finished" if rounds.finished else "stopped")
-            link.flush(2.0)
-            link.close()
+            carrier.flush(2.0)
+            carrier.close()
         if not rounds.finished:
             raise KeyboardInterrupt("scalarfed ctl stop")
     return service
-
-
-@contextlib.contextmanager
-def _fleet(
-    experiment: Experiment, out: Path, broker: Broker, log: ScalarLog, levels: Sequence[int]
-) -> Iterator[Supervisor]:
-    folder = out / "agents"
-    bundles = folders_of(out / "bundle", len(experiment.pruning.widths))
-    commands = {
-        agent.name: [
-            *agent_command(),
-            *("--broker", broker.url, "--run", _run_name(experiment), "--name", agent.name),
-            *("--bundle", str(bundles[levels[agent.id]] if levels else bundles[-1])),
-            *("--data", str(folder / agent.name / "data.npz")),
-            *("--state", str(folder / agent.name), "--profile", agent.profile),
-            *("--memory-mib", f"{agent.memory_mib:g}"),
-        ]
-        for agent in experiment.agents
-    }
-    supervisor = Supervisor(
-        commands, folder=folder, on_event=lambda kind, agent, text: log.add_event(kind, agent, text)
-    )
-    try:
-        supervisor.start()
-        yield supervisor
-    finally:
-        supervisor.stop()
 
 
 def _run_name(experiment: Experiment) -> str:

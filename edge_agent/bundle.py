@@ -6,8 +6,9 @@ This module knows the folder's layout, not how a graph came to be nor how it is 
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,28 @@ from numpy.typing import NDArray
 
 from edge_agent.grid import Segment, plan_segments, snap
 from edge_agent.replay import Replica
-from profiles.errors import BundleError
+from edge_agent.signature import is_signed
+from profiles.errors import BundleError, SecurityError
 
-__all__ = ["FORMAT", "Bundle", "Tensor", "flat_layout", "read_bundle", "write_bundle"]
+__all__ = [
+    "FORMAT",
+    "SIGNATURE",
+    "Bundle",
+    "Tensor",
+    "check_signed",
+    "flat_layout",
+    "read_bundle",
+    "sign_bundle",
+    "write_bundle",
+]
 
 FORMAT = 1
+
+SIGNATURE = "manifest.sig"
+"""The file that holds the signature of the manifest, 64 bytes; only who asks for it needs it."""
+
+_CONTEXT = b"scalarfed bundle 1\0"
+_SIGN_AGAIN = "Start the coordinator with its authority, which signs the bundle, and copy it again."
 _ALIGNMENT = 16
 
 
@@ -112,7 +130,14 @@ class Bundle:
             tensors=tuple(spans.values()),
             head=tuple(spans[name] for name in self.head),
             stops=self.stops,
+            layers=tuple(tuple(spans[tensor.name] for tensor in layer) for layer in self.layers),
         )
+
+    @property
+    def layers(self) -> tuple[tuple[Tensor, ...], ...]:
+        """The tensors of each layer, in order: neighbours whose names differ after the last dot alone."""
+        named = groupby(self.tensors, key=lambda tensor: tensor.name.rpartition(".")[0])
+        return tuple(tuple(tensors) for _, tensors in named)
 
 
 def flat_layout(shapes: Sequence[tuple[str, tuple[int, ...]]]) -> tuple[list[Tensor], int]:
@@ -235,6 +260,38 @@ def read_bundle(folder: Path) -> Bundle:
     if (folder / "weights.f32").stat().st_size != 4 * bundle.size:
         raise BundleError(f"{folder / 'weights.f32'} does not hold the {bundle.size} weights of the manifest")
     return bundle
+
+
+def sign_bundle(folder: Path, sign: Callable[[bytes], bytes]) -> None:
+    """Sign a bundle: its manifest, which holds the hash of every other file.
+
+    Args:
+        folder: The bundle.
+        sign: Ed25519, the coordinator's.
+    """
+    beside = folder / f"{SIGNATURE}.new"
+    beside.write_bytes(sign(_CONTEXT + (folder / "manifest.json").read_bytes()))
+    beside.replace(folder / SIGNATURE)
+
+
+def check_signed(bundle: Bundle, key: bytes) -> None:
+    """Refuse a bundle that the owner of ``key`` has not signed as it is.
+
+    Raises:
+        SecurityError: The signature is missing or not that of this manifest.
+    """
+    try:
+        manifest = (bundle.folder / "manifest.json").read_bytes()
+        signature = (bundle.folder / SIGNATURE).read_bytes()
+    except OSError:
+        raise SecurityError(
+            f"{bundle.folder} is not signed, and this device takes signed bundles alone.", hint=_SIGN_AGAIN
+        ) from None
+    same = hashlib.sha256(manifest).hexdigest() == bundle.identity
+    if not same or not is_signed(_CONTEXT + manifest, signature, key=key):
+        raise SecurityError(
+            f"{bundle.folder} was not signed as it is by this device's coordinator.", hint=_SIGN_AGAIN
+        )
 
 
 def _variant_file(variant: str) -> str:

@@ -9,6 +9,7 @@ processor runs in place of the plain graph, after it gave the plain graph's loss
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -20,6 +21,10 @@ from profiles.errors import BundleError, EstimateError
 
 __all__ = ["Forward", "open_session"]
 
+_LOSS = ("loss",)
+_LOSS_AND_HEAD = ("loss", "head_gradient")
+_LOSS_AND_CORRECT = ("loss", "correct")
+_LOGITS = ("logits",)
 _AGREEMENT = 1e-4  # by which a variant's loss may differ from the plain graph's, relative
 
 
@@ -58,6 +63,8 @@ class Forward:
         bundle: Whose graph it is.
         weights: Flat float32 vector; read at every call, never written and never copied.
         threads: Threads of ONNX Runtime.
+        at_once: Samples of one pass; a larger batch is run in pieces, which bounds the activations' memory.
+            None for whole batches.
         others: Further inputs by name, such as gates: contiguous float32, read at every call.
 
     Attributes:
@@ -65,7 +72,7 @@ class Forward:
 
     Raises:
         BundleError: The graph's inputs are not the manifest's tensors.
-        ValueError: The vector has another size or is not contiguous.
+        ValueError: The vector has another size or is not contiguous, or ``at_once`` is below 1.
     """
 
     def __init__(
@@ -74,15 +81,29 @@ class Forward:
         weights: NDArray[np.float32],
         *,
         threads: int = 1,
+        at_once: int | None = None,
         others: Mapping[str, NDArray[np.float32]] | None = None,
     ) -> None:
         if weights.shape != (bundle.size,) or weights.dtype != np.float32 or not weights.flags.c_contiguous:
             raise ValueError(
                 f"weights must be a contiguous float32 vector of {bundle.size}, got {weights.shape}"
             )
+        if at_once is not None and at_once < 1:
+            raise ValueError(f"at_once must be at least 1, got {at_once}")
         self._weights = weights
+        self._at_once = at_once
+        self._classes, self._sample_shape = bundle.classes, bundle.sample_shape
         self._others = dict(others or {})
-        self._session = open_session(bundle.graph_path, threads=threads)
+        self._head_size = sum(tensor.size for tensor in bundle.tensors if tensor.name in bundle.head)
+        self._head_gradient: NDArray[np.float32] | None = None
+        self._options = ort.RunOptions()
+        self._options.only_execute_path_to_fetches = True  # no gradient where nobody asks for it
+        # What a run without a GPU has anyway. ONNX Runtime looks it up at each run, and to say that it is
+        # not there takes it 60 us: as long as LeNet's forward.
+        self._options.add_run_config_entry("gpu_graph_id", "0")
+        self._session: Any
+        self._binding: Any
+        self._open(bundle, threads)
         names = {node.name for node in self._session.get_inputs()}
         expected = {"x", "y", *self._others, *(tensor.name for tensor in bundle.tensors)}
         if names != expected:
@@ -90,15 +111,16 @@ class Forward:
                 f"the graph and the manifest differ in {', '.join(sorted(names ^ expected))}: "
                 "every trainable tensor is a graph input"
             )
-        self._batch_size = 0
-        self._outputs: tuple[str, ...] = ()
-        self._head_gradient: NDArray[np.float32] | None = None
-        self._options = ort.RunOptions()
-        self._options.only_execute_path_to_fetches = True  # no gradient where nobody asks for it
         self._bind(bundle)
         self.variant = ""
         if not self._others and (kernel := find_kernel()) is not None:
             self._take_variant(bundle, kernel, threads)
+
+    def _open(self, bundle: Bundle, threads: int, variant: str = "", operators: Path | None = None) -> None:
+        """Open a graph; first close the one that is open, since two would be the agent's peak of memory."""
+        self._session = self._binding = None
+        path = bundle.variant_path(variant) if variant else bundle.graph_path
+        self._session = open_session(path, threads=threads, operators=operators)
 
     def _bind(self, bundle: Bundle) -> None:
         """Point the session's inputs at the weights."""
@@ -108,32 +130,30 @@ class Forward:
             self._binding.bind_input(tensor.name, "cpu", 0, np.float32, tensor.shape, pointer)
         for name, array in self._others.items():
             self._binding.bind_input(name, "cpu", 0, np.float32, array.shape, array.ctypes.data)
-        self._batch_size = 0
+        self._x: NDArray[np.float32] | None = None
+        self._y: NDArray[np.int64] | None = None
+        self._found: dict[str, NDArray[Any]] = {}
 
     def _take_variant(self, bundle: Bundle, kernel: Kernel, threads: int) -> None:
         """Go over to the first variant for this processor that gives the plain graph's loss."""
         x = np.linspace(-1, 1, 2 * math.prod(bundle.sample_shape), dtype=np.float32)
         x = x.reshape(2, *bundle.sample_shape)
         y = np.array([0, bundle.classes - 1], np.int64)
-        plain, expected = self._session, None
-        for variant in (f"blocked{kernel.image_block}", "fused"):
-            if variant not in bundle.variants:
-                continue
-            if expected is None:
-                expected = self.evaluate(x, y)[0]
+        names = [name for name in (f"blocked{kernel.image_block}", "fused") if name in bundle.variants]
+        if not names:
+            return
+        expected = self.evaluate(x, y)[0]
+        for name in names:
             try:
-                self._session = open_session(
-                    bundle.variant_path(variant), threads=threads, operators=kernel.file
-                )
+                self._open(bundle, threads, name, kernel.file)
                 self._bind(bundle)
                 if abs(self.evaluate(x, y)[0] - expected) <= _AGREEMENT * max(1.0, abs(expected)):
-                    self.variant = variant
+                    self.variant = name
                     return
             except (BundleError, EstimateError):  # another release of ONNX Runtime may lack an operator
                 continue
-        if self._session is not plain:
-            self._session = plain
-            self._bind(bundle)
+        self._open(bundle, threads)
+        self._bind(bundle)
 
     def loss(self, x: NDArray[np.float32], y: NDArray[np.int64], *, head: bool = False) -> float:
         """Return the mean loss of a batch: x of shape (n, *sample_shape), y of shape (n,).
@@ -143,11 +163,10 @@ class Forward:
             y: Labels.
             head: Compute the last layer's gradient in the same pass, for :meth:`head_gradient`.
         """
-        if not head:
-            return float(self._run(x, y)[0].numpy())
-        outputs = self._run(x, y, ("loss", "head_gradient"))
-        self._head_gradient = outputs[1].numpy()
-        return float(outputs[0].numpy())
+        found = self._run(x, y, _LOSS_AND_HEAD if head else _LOSS)
+        if head:
+            self._head_gradient = found["head_gradient"]
+        return float(found["loss"])
 
     def head_gradient(self) -> NDArray[np.float32]:
         """Return the gradient of the last layer at the latest loss that was asked for with ``head``.
@@ -161,26 +180,36 @@ class Forward:
 
     def evaluate(self, x: NDArray[np.float32], y: NDArray[np.int64]) -> tuple[float, int]:
         """Return the mean loss of a batch and how many of it are classified correctly."""
-        loss, correct, _ = self._run(x, y)
-        return float(loss.numpy()), int(correct.numpy())
+        found = self._run(x, y, _LOSS_AND_CORRECT)
+        return float(found["loss"]), int(found["correct"])
 
     def logits(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return the logits of a batch, (n, classes); the next call may overwrite them."""
-        return self._run(x, np.zeros(len(x), np.int64), ("logits",))[0].numpy()
+        """Return the logits of a batch, (n, classes)."""
+        return self._run(x, np.zeros(len(x), np.int64), _LOGITS)["logits"].copy()
 
     def _run(
-        self,
-        x: NDArray[np.float32],
-        y: NDArray[np.int64],
-        outputs: tuple[str, ...] = ("loss", "correct", "logits"),
-    ) -> list[ort.OrtValue]:
-        if (len(y), outputs) != (self._batch_size, self._outputs):
-            self._binding.clear_binding_outputs()  # outputs are kept and reused; these have another shape
-            for name in outputs:
-                self._binding.bind_output(name, "cpu")
-            self._batch_size, self._outputs = len(y), outputs
-        self._binding.bind_input("x", "cpu", 0, np.float32, x.shape, x.ctypes.data)
-        self._binding.bind_input("y", "cpu", 0, np.int64, y.shape, y.ctypes.data)
+        self, x: NDArray[np.float32], y: NDArray[np.int64], outputs: tuple[str, ...]
+    ) -> dict[str, NDArray[Any]]:
+        """Return outputs of a batch; the next call overwrites them."""
+        size = len(y)
+        if self._at_once is None or size <= self._at_once:
+            return self._run_piece(x, y, outputs)
+        joined: dict[str, NDArray[Any]] = {}
+        for start in range(0, size, self._at_once):
+            stop = min(start + self._at_once, size)
+            for name, value in self._run_piece(x[start:stop], y[start:stop], outputs).items():
+                if name == "logits":
+                    joined.setdefault(name, np.empty((size, self._classes), np.float32))[start:stop] = value
+                else:  # means weigh by their samples, counts add up
+                    share = value if name == "correct" else value.astype(np.float64) * ((stop - start) / size)
+                    joined[name] = joined[name] + share if name in joined else share.copy()
+        return joined
+
+    def _run_piece(
+        self, x: NDArray[np.float32], y: NDArray[np.int64], outputs: tuple[str, ...]
+    ) -> dict[str, NDArray[Any]]:
+        if x is not self._x or y is not self._y or tuple(self._found) != outputs:
+            self._bind_batch(x, y, outputs)
         try:
             self._session.run_with_iobinding(self._binding, self._options)
         except Exception as error:  # its exceptions derive from no common class
@@ -190,4 +219,28 @@ class Forward:
                 f"a forward pass of {len(y)} samples failed: {error}",
                 hint="If memory ran out, set a smaller batch size or prune to a lower density.",
             ) from error
-        return self._binding.get_outputs()
+        return self._found
+
+    def _bind_batch(self, x: NDArray[np.float32], y: NDArray[np.int64], outputs: tuple[str, ...]) -> None:
+        """Point the session at a batch and at room for its outputs."""
+        if x.shape != (len(y), *self._sample_shape) or y.ndim != 1:
+            raise ValueError(
+                f"a batch has the shapes (n, *{self._sample_shape}) and (n,), got {x.shape}, {y.shape}"
+            )
+        if (
+            x.dtype != np.float32
+            or y.dtype != np.int64
+            or not (x.flags.c_contiguous and y.flags.c_contiguous)
+        ):
+            raise ValueError(f"a batch is contiguous float32 and int64, got {x.dtype} and {y.dtype}")
+        self._binding.bind_input("x", "cpu", 0, np.float32, x.shape, x.ctypes.data)
+        self._binding.bind_input("y", "cpu", 0, np.int64, y.shape, y.ctypes.data)
+        self._x, self._y = x, y  # kept, so that their memory is
+        shapes = {"logits": (len(y), self._classes), "head_gradient": (self._head_size,)}
+        self._found = {
+            name: np.empty(shapes.get(name, ()), np.int64 if name == "correct" else np.float32)
+            for name in outputs
+        }
+        self._binding.clear_binding_outputs()
+        for name, array in self._found.items():
+            self._binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)

@@ -14,7 +14,7 @@ powers of two. What numpy computes here defines the bits; the compiled kernel, w
 gives the same.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -31,6 +31,7 @@ __all__ = [
     "Term",
     "bf16_to_float",
     "chunks",
+    "displacer",
     "finite",
     "inverse_root",
     "move",
@@ -54,6 +55,7 @@ WEIGHT_STEPS = 3 << 22
 NO_LIMIT = 1 << 26
 """Grid steps that no weight comes near."""
 
+_LARGEST_FACTOR = 1e30
 _LARGEST_WHOLE = 127 * 128
 _ROUNDING = 1 << 32
 _MULTIPLIERS = np.array(
@@ -129,7 +131,7 @@ def step_scale(exponent: int) -> np.float32:
 
 def finite(factor: float) -> np.float32:
     """Return a factor >= 0 as float32, at most 1e30, so that no product with it is 0 times infinity."""
-    return np.float32(min(factor, 1e30))
+    return np.float32(min(factor, _LARGEST_FACTOR))
 
 
 def bf16_to_float(curvature: NDArray[np.uint16]) -> NDArray[np.float32]:
@@ -155,6 +157,55 @@ def inverse_root(curvature: NDArray[np.uint16]) -> NDArray[np.float32]:
     return h
 
 
+def displacer(
+    weights: NDArray[np.float32],
+    segments: Sequence[Segment],
+    *,
+    epsilon: float,
+    curvature: NDArray[np.uint16] | None = None,
+    threads: int = 1,
+) -> Callable[[Sequence[Term]], None]:
+    """Return a function of terms that adds ``sum_t times_t * epsilon * z_t``, in place and exactly undoable.
+
+    z is the noise of the key, divided by sqrt(h) where there is curvature, and epsilon * z is rounded
+    to whole grid steps *before* it is multiplied. Several terms make one pass: to undo
+    the last perturbation and apply the next, pass both. The absolute ``times`` of 1 to 4 terms add up to at
+    most 4.
+
+    Args:
+        weights: Flat float32 vector on the grid.
+        segments: Its grids.
+        epsilon: Step of the finite difference, > 0.
+        curvature: bfloat16 bits, shape of ``weights``; None for h = 1.
+        threads: Threads of the compiled kernel.
+    """
+    if (kernel := find_kernel()) is not None:
+        return kernel.displacer(
+            weights, segments, epsilon=min(epsilon, _LARGEST_FACTOR), curvature=curvature, threads=threads
+        )
+    amount = finite(epsilon)
+    limit = np.float32(RESERVE_STEPS)
+
+    def displace(terms: Sequence[Term]) -> None:
+        for start, stop, exponent in chunks(segments):
+            scale = step_scale(exponent)
+            root = None if curvature is None else inverse_root(curvature[start:stop])
+            total = np.zeros(stop - start, np.float32)
+            for key, times in terms:
+                steps = values(key, start, stop - start).astype(np.float32)
+                steps *= amount * scale
+                if root is not None:
+                    steps *= root
+                np.clip(steps, -limit, limit, out=steps)
+                np.rint(steps, out=steps)
+                steps *= np.float32(times)
+                total += steps
+            total /= scale
+            weights[start:stop] += total
+
+    return displace
+
+
 def perturb(
     weights: NDArray[np.float32],
     segments: Sequence[Segment],
@@ -164,50 +215,8 @@ def perturb(
     curvature: NDArray[np.uint16] | None = None,
     threads: int = 1,
 ) -> None:
-    """Add ``sum_t times_t * epsilon * z_t`` to the weights, in place and exactly undoable.
-
-    z is the noise of the key, divided by sqrt(h) where there is curvature, and epsilon * z is rounded
-    to whole grid steps *before* it is multiplied. Several terms make one pass: to undo
-    the last perturbation and apply the next, pass both.
-
-    Args:
-        weights: Flat float32 vector on the grid.
-        segments: Its grids.
-        terms: What to add; the absolute ``times`` add up to at most 4.
-        epsilon: Step of the finite difference, > 0.
-        curvature: bfloat16 bits, shape of ``weights``; None for h = 1.
-        threads: Threads of the compiled kernel.
-    """
-    if not terms:
-        return
-    if (kernel := find_kernel()) is not None:
-        kernel.perturb(
-            weights,
-            segments,
-            [term.key for term in terms],
-            [term.times for term in terms],
-            epsilon=float(finite(epsilon)),
-            curvature=curvature,
-            threads=threads,
-        )
-        return
-    amount = finite(epsilon)
-    limit = np.float32(RESERVE_STEPS)
-    for start, stop, exponent in chunks(segments):
-        scale = step_scale(exponent)
-        root = None if curvature is None else inverse_root(curvature[start:stop])
-        total = np.zeros(stop - start, np.float32)
-        for key, times in terms:
-            steps = values(key, start, stop - start).astype(np.float32)
-            steps *= amount * scale
-            if root is not None:
-                steps *= root
-            np.clip(steps, -limit, limit, out=steps)
-            np.rint(steps, out=steps)
-            steps *= np.float32(times)
-            total += steps
-        total /= scale
-        weights[start:stop] += total
+    """Add some terms once; see :func:`displacer`."""
+    displacer(weights, segments, epsilon=epsilon, curvature=curvature, threads=threads)(terms)
 
 
 def whole_scalars(scalars: Sequence[np.float32] | NDArray[np.float32]) -> tuple[NDArray[np.int32], float]:

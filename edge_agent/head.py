@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from edge_agent.grid import Segment
 from edge_agent.noise import NoiseKey, hash_words, mix64
-from edge_agent.wire import RoundPlan
+from edge_agent.plan import RoundPlan
 
 __all__ = ["Span", "chosen", "flat_indices", "head_size", "outside"]
 

@@ -23,7 +23,7 @@ class Method:
         summary: One line for people.
         curvature: Whether a replica keeps one bfloat16 curvature value per weight.
         directions: What a perturbation moves: all weights ("full"), one tensor after the other ("block"),
-            or a fixed share of them ("sparse").
+            a fixed share of them ("sparse"), or the layers of the agent's share ("layers").
         rule: What the scalars do: "descent" along the directions, by their "sign", with "momentum", by
             "adam", or "conservative" (there, back or nowhere, by the mean loss).
         head: Whether a plan may ask for exact scalars of the last layer.
@@ -31,6 +31,8 @@ class Method:
         scheduled: Constants that follow the schedule of the learning rate.
         nested: Whether boards may hold narrower nets of one family, each weight moving by the mean over the
             agents that hold it; the constant ``levels`` counts the widths.
+        autodiff: What torch computes on the board: nothing (""), the slope along a direction in forward mode
+            ("slope"), or the gradient of the last layers in reverse mode ("gradient").
     """
 
     name: str
@@ -44,6 +46,7 @@ class Method:
     fresh: bool = False
     scheduled: tuple[str, ...] = ()
     nested: bool = False
+    autodiff: str = ""
 
     @property
     def losses(self) -> int:
@@ -172,11 +175,45 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 directions="sparse",
             ),
             Method(
-                "nested",
+                "forward-gradient",
+                14,
+                MappingProxyType({}),
+                "G = z . grad L exactly, by a forward-mode pass a direction (arXiv 2202.08587); needs torch",
+                autodiff="slope",
+            ),
+            Method(
+                "spry",
                 15,
+                MappingProxyType({"shares": 2.0}),
+                "forward gradients, each agent on its share of the layers (arXiv 2405.15551); needs torch",
+                directions="layers",
+                autodiff="slope",
+            ),
+            Method(
+                "hybrid",
+                16,
+                MappingProxyType({"layers": 2.0, "head_rate": 0.1}),
+                "backpropagation on the last layers, w -= eta/P sum G z elsewhere (arXiv 2402.11592); "
+                "needs torch",
+                head=True,
+                scheduled=("head_rate",),
+                autodiff="gradient",
+            ),
+            Method(
+                "nested",
+                18,
                 MappingProxyType({"levels": 1.0, "smoothing": 0.9}),
                 "boards hold nested widths of one net; a weight moves by the mean over those that hold it",
                 nested=True,
+            ),
+            Method(
+                "fanstep",
+                17,
+                MappingProxyType({"smoothing": 0.9, "head_rate": 1.0, "shares": 8.0}),
+                "headstep, each agent along directions of its own: a round has shares times P of them",
+                head=True,
+                fresh=True,
+                scheduled=("head_rate",),
             ),
         )
     }

@@ -34,7 +34,8 @@ from edge_agent.moments import Clock, descend, follow
 from edge_agent.native.kernel import Learning, find_kernel
 from edge_agent.noise import NOISE_VERSION, NoiseKey, hash_words, mix64
 from edge_agent.optimizer import Method, Normaliser, method_by_code
-from edge_agent.wire import RoundPlan, RoundRecord
+from edge_agent.plan import RoundPlan
+from edge_agent.wire import RoundRecord
 from profiles.errors import DigestError, LogError
 
 __all__ = ["Replica", "apply_record", "apply_records", "move_head"]
@@ -63,6 +64,7 @@ class Replica:
         moments: Float32 of shape (rows, size): momentum, or both moments of Adam, then the running mean
             of the weights; None while no method asked for any.
         clock: How far the moments are from their start.
+        layers: Where the tensors of each layer lie, in order.
         stops: Where each width of a family of nets ends in the vector, this replica's own last: a narrower
             net of the family is the vector up to there. Empty for a net of no family.
     """
@@ -77,6 +79,7 @@ class Replica:
     head: tuple[Span, ...] = ()
     moments: NDArray[np.float32] | None = None
     clock: Clock = field(default_factory=Clock)
+    layers: tuple[tuple[Span, ...], ...] = ()
     stops: tuple[int, ...] = ()
     _mask: tuple[tuple[int, float], NDArray[np.uint16]] | None = None
 
@@ -138,13 +141,23 @@ class Replica:
             self._mask = (named, _sparse(self.weights.size, *named))
         return self._mask[1]
 
+    def exact_spans(self, plan: RoundPlan) -> tuple[Span, ...]:
+        """Return which weights have exact scalars: the last layer, or as many as ``layers`` says."""
+        last = method_by_code(plan.method).named(plan.constants).get("layers")
+        if last is None:
+            return self.head
+        return tuple(span for layer in self.layers[-int(last) :] for span in layer)
+
     def reach(self, plan: RoundPlan) -> list[tuple[range, Sequence[Segment]]]:
         """Return which perturbations of a step move which part of the weights: numbers and segments.
 
-        All move everything, except the last layer where it has exact scalars; in a block-wise method
-        perturbation p moves tensor p mod T alone.
+        All move everything, except what has exact scalars; in a block-wise method perturbation p moves
+        tensor p mod T alone, and in one that deals out the layers those of a share move the share's layers.
         """
-        if method_by_code(plan.method).directions == "block" and self.tensors:
+        directions = method_by_code(plan.method).directions
+        if directions == "layers" and self.layers:
+            return [(plan.numbers(share), self._share(share, plan.shares)) for share in range(plan.shares)]
+        if directions == "block" and self.tensors:
             blocks = min(len(self.tensors), plan.perturbations)
             first = plan.round * plan.perturbations  # so that all tensors have their turn where P < T
             return [
@@ -154,8 +167,17 @@ class Replica:
                 )
                 for block in range(blocks)
             ]
-        body = outside(self.segments, self.head) if plan.exact else self.segments
-        return [(range(plan.perturbations), body)]
+        body = outside(self.segments, self.exact_spans(plan)) if plan.exact else self.segments
+        return [(plan.numbers(), body)]
+
+    def _share(self, share: int, shares: int) -> list[Segment]:
+        """Return the segments of every ``shares``-th layer; the share after the last layer begins anew."""
+        return [
+            segment
+            for layer in self.layers[share % len(self.layers) :: shares]
+            for span in layer
+            for segment in _within(self.segments, span)
+        ]
 
     def evaluated(self) -> NDArray[np.float32]:
         """Return the weights that are judged and kept: a running mean where the method has one."""
@@ -223,17 +245,22 @@ def _update(replica: Replica, record: RoundRecord) -> None:
     plan = record.plan
     method = method_by_code(plan.method)
     constants = method.named(plan.constants)
-    projected = record.scalars[:, : plan.perturbations]
+    answered = _answered(record)
     rate = plan.learning_rate
-    if constants.get("smoothing", 0.0) > 0:
+    if constants.get("smoothing", 0.0) > 0 and answered:
+        projected = record.scalars[:, answered]
         replica.normaliser.observe([float(g) for g in projected.reshape(-1)], constants["smoothing"])
         rate = replica.normaliser.divide(rate)
     replica.clock.tick(constants)
     learning = Learning(0.0, constants.get("nu", 0.0), max(constants.get("floor", 0.0), _SMALLEST_CURVATURE))
-    reached = replica.shells(plan) if method.nested else replica.reach(plan)
-    for level, (numbers, segments) in enumerate(reached):
+    of_steps = [plan.keys(step) for step in range(plan.steps)]
+    places = replica.shells(plan) if method.nested else replica.reach(plan)
+    for level, (reached, segments) in enumerate(places):
+        numbers = [number for number in reached if number in answered]
+        if not numbers:
+            continue
         own = record.scalars[:, level * plan.perturbations :] if method.nested else record.scalars
-        keys = [[every[n] for n in numbers] for every in map(plan.keys, range(plan.steps))]
+        keys = [[of_step[number] for number in numbers] for of_step in of_steps]
         parts = [whole_scalars(_directed(method, plan, scalars)[numbers]) for scalars in own]
         wholes = np.stack([whole for whole, _ in parts])
         if method.moments:
@@ -244,12 +271,26 @@ def _update(replica: Replica, record: RoundRecord) -> None:
         _descend(replica, plan, segments, keys, wholes, amounts, learning)
     if plan.exact:
         for step in range(plan.steps):
-            move_head(replica, plan, record.scalars[step], step=step, limit=RESERVE_STEPS)
+            exact = record.scalars[step, plan.projected : plan.projected + plan.exact]
+            move_head(replica, plan, exact, step=step, limit=RESERVE_STEPS)
+
+
+def _answered(record: RoundRecord) -> Sequence[int]:
+    """Return the numbers of the perturbations that somebody measured: a share of zeros had no answer."""
+    plan = record.plan
+    if plan.shares == 1:
+        return plan.numbers()
+    return [
+        number
+        for share in range(plan.shares)
+        for number in plan.numbers(share)
+        if record.scalars[:, plan.numbers(share)].any()
+    ]
 
 
 def _directed(method: Method, plan: RoundPlan, scalars: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return the factors of a step's directions: its projected gradients, or what the rule makes of them."""
-    projected = scalars[: plan.perturbations]
+    projected = scalars[: plan.projected]
     if method.rule == "sign":
         return np.sign(projected)
     if method.rule == "conservative":
@@ -275,7 +316,7 @@ def move_head(
     Args:
         replica: Changed in place.
         plan: Of the round.
-        scalars: All of the step; the exact ones follow the projected gradients.
+        scalars: The step's exact ones.
         step: Local step.
         limit: Grid steps that a weight may be displaced by.
         direction: +1, or -1 to take a private move back.
@@ -283,16 +324,14 @@ def move_head(
             be cut off.
     """
     rate = np.float32(method_by_code(plan.method).named(plan.constants)["head_rate"])
-    places = chosen(plan, step, head_size(replica.head))
-    words = np.concatenate(
-        [rounding_words(plan.keys(step)[0], start, stop - start) for start, stop in replica.head]
-    )
-    exact = scalars[plan.perturbations : plan.perturbations + plan.exact]
+    spans = replica.exact_spans(plan)
+    places = chosen(plan, step, head_size(spans))
+    words = np.concatenate([rounding_words(plan.keys(step)[0], start, stop - start) for start, stop in spans])
     nudge(
         replica.weights,
         replica.segments,
-        flat_indices(places, replica.head),
-        rate * exact,
+        flat_indices(places, spans),
+        rate * scalars,
         words[places],
         limit=limit,
         direction=direction,

@@ -28,12 +28,20 @@ __all__ = [
 ]
 
 _MIB = 2**20
-_IMPORTS_MIB = 55.0
-_SESSION_MIB = 9.9  # the runtime's own pages, once a session has been made and run
+_IMPORTS_MIB = 35.0  # what stays of Python and the libraries; edge_agent/footprint.py gives the rest back
+_SESSION_MIB = 8.0  # the runtime's own pages that passes go on needing
+_START_MIB = 13.5  # pages that only the imports and opening a session need, before the first pass
 _SESSION_PER_GRAPH_BYTE = 25.0  # nodes and kernels: a graph of 147 KB takes 3.7 MiB
 _SCRATCH = 1.05  # what kernels pack and unfold beside the buffers between them
 _THREAD_MIB = 0.2  # the touched part of a stack and of an allocator's arena
 _DIFFERENCES = ("central", "forward")
+_TORCH = {
+    # MiB of torch and onnx beside the agent's imports, of torch's own pages once it has run, and what a
+    # pass holds of the activations: upper bounds from LeNet, ResNet-20 and WRN-10-2 at batches 8 and 64.
+    "": (0.0, 0.0, 1.0),
+    "gradient": (190.0, 20.0, 3.3),
+    "slope": (190.0, 95.0, 7.0),
+}
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,7 @@ class Prediction:
     Attributes:
         batch_size: Samples of one forward pass.
         per_sample: What one sample more would add to ``activations``.
-        imports: Python and the agent's libraries.
+        imports: What stays of Python and the agent's libraries.
         session: The runtime's own, and the graph.
         weights: The one copy of the trainable tensors.
         curvature: Optimizer state beyond the weights.
@@ -66,12 +74,21 @@ class Prediction:
 
     @property
     def terms(self) -> dict[str, float]:
-        """Every term by name; their sum is the peak."""
-        return {
+        """Every term by name; their sum is the peak.
+
+        ``start`` is what the imports and opening a session need beyond all that comes later.
+        """
+        fields = {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
             if field.name not in ("batch_size", "per_sample")
         }
+        return {**fields, "start": max(0.0, _START_MIB - self._later)}
+
+    @property
+    def _later(self) -> float:
+        """What comes after the start, in the place of pages that it has given back."""
+        return self.curvature + self.activations + self.chunks + self.threads
 
     @property
     def total_mib(self) -> float:
@@ -85,7 +102,10 @@ class Prediction:
 
     def largest_batch(self, allowed_mib: float) -> int:
         """Return the largest batch size whose predicted peak is within ``allowed_mib``; 0 if none is."""
-        spare = allowed_mib - self.total_mib
+        left = allowed_mib - (self.imports + self.session + self.weights + self.data)
+        if left + 1e-9 < _START_MIB:
+            return 0
+        spare = left - self._later
         if self.per_sample == 0:
             return self.batch_size if spare >= 0 else 0
         return max(0, self.batch_size + math.floor(spare / self.per_sample + 1e-9))
@@ -96,17 +116,25 @@ class Prediction:
         Narrower layers that keep a share d of the parameters keep about sqrt(d) of every width, and so of
         the activations. Rounded down to two decimals; 0 if not even an empty net fits.
         """
-        linear, root = self.weights + self.curvature, self.activations
-        left = allowed_mib - (self.total_mib - linear - root)
-        if left <= 0:
-            return 0.0
-        if linear + root <= left:
-            return 1.0
-        if linear == 0:
-            return math.floor(100 * (left / root) ** 2) / 100
-        # The positive s = sqrt(d) with linear * s**2 + root * s = left.
-        width = (math.sqrt(root**2 + 4 * linear * left) - root) / (2 * linear)
-        return math.floor(100 * width**2) / 100
+        left = allowed_mib - (self.imports + self.session + self.data)
+        before = _density_within(left - _START_MIB, linear=self.weights, root=0.0)
+        after = _density_within(
+            left - self.chunks - self.threads, linear=self.weights + self.curvature, root=self.activations
+        )
+        return min(before, after)
+
+
+def _density_within(left: float, *, linear: float, root: float) -> float:
+    """Return the largest d in [0, 1], in hundredths, with ``linear * d + root * sqrt(d) <= left``, or 0."""
+    if left <= 0:
+        return 0.0
+    if linear + root <= left:
+        return 1.0
+    if linear == 0:
+        return math.floor(100 * (left / root) ** 2) / 100
+    # The positive s = sqrt(d) with linear * s**2 + root * s = left.
+    width = (math.sqrt(root**2 + 4 * linear * left) - root) / (2 * linear)
+    return math.floor(100 * width**2) / 100
 
 
 @dataclass(frozen=True)
@@ -118,12 +146,18 @@ class Budget:
         flops_per_round: FLOPs in one round.
         flops_per_day: FLOPs in 24 hours.
         bytes_per_day: Bytes on the wire, both ways, in 24 hours.
+        temperature_c: The board's hottest zone.
+        battery_percent: The charge below which the board is left alone.
+        energy_wh_per_day: Watt-hours in 24 hours, where the board reports its power.
     """
 
     memory_mib: float | None = None
     flops_per_round: int | None = None
     flops_per_day: int | None = None
     bytes_per_day: int | None = None
+    temperature_c: float | None = None
+    battery_percent: float | None = None
+    energy_wh_per_day: float | None = None
 
     def exceeded(self, spent: Spent) -> list[str]:
         """Return one sentence for each limit that ``spent`` exceeds, with both numbers."""
@@ -176,6 +210,7 @@ def predict_peak_mib(
     chunk_bytes: int = 2 * _MIB,
     graph_bytes: int = 50_000,
     imports_mib: float = _IMPORTS_MIB,
+    autodiff: str = "",
 ) -> Prediction:
     """Predict the peak resident memory of an agent that trains, in MiB, within 10 %.
 
@@ -189,6 +224,8 @@ def predict_peak_mib(
         chunk_bytes: Buffers of noise and replay, which do not grow with the net.
         graph_bytes: Length of ``graph.onnx``.
         imports_mib: Resident memory after the imports; an agent can say its own.
+        autodiff: What torch computes on the board: nothing, a "slope" along a direction (which is a vector
+            as large as the weights) or a "gradient" of the last layers.
 
     Raises:
         ValueError: A count is less than it can be.
@@ -197,12 +234,14 @@ def predict_peak_mib(
         raise ValueError(f"batch_size {batch_size} and threads {threads} must be at least 1")
     if min(curvature_bytes_per_param, data_bytes, chunk_bytes, graph_bytes, imports_mib) < 0:
         raise ValueError("sizes must not be negative")
-    activations = [_SCRATCH * cost.activation_bytes(n) / _MIB for n in (batch_size, batch_size + 1)]
+    torch_mib, torch_pages_mib, held = _TORCH[autodiff]
+    activations = [held * _SCRATCH * cost.activation_bytes(n) / _MIB for n in (batch_size, batch_size + 1)]
+    curvature_bytes_per_param += 4.0 * (autodiff == "slope")
     return Prediction(
         batch_size=batch_size,
         per_sample=activations[1] - activations[0],
-        imports=imports_mib,
-        session=_SESSION_MIB + _SESSION_PER_GRAPH_BYTE * graph_bytes / _MIB,
+        imports=imports_mib + torch_mib,
+        session=torch_pages_mib + _SESSION_MIB + _SESSION_PER_GRAPH_BYTE * graph_bytes / _MIB,
         weights=cost.weight_bytes / _MIB,
         curvature=cost.params * curvature_bytes_per_param / _MIB,
         activations=activations[0],
@@ -275,8 +314,8 @@ def check_memory(
     if batch > 0:
         ways.append(f"set `batch_size = {batch}`")
     if not ways:
-        net = prediction.weights + prediction.curvature + prediction.activations
-        ways.append(f"leave the device out: {prediction.total_mib - net:.0f} MiB are needed before any net")
+        bare = dataclasses.replace(prediction, weights=0.0, curvature=0.0, activations=0.0)
+        ways.append(f"leave the device out: {bare.total_mib:.0f} MiB are needed before any net")
     hint = ", or ".join(ways)
     raise BudgetError(
         f"Training `{model}` needs {prediction.total_mib:.0f} MiB on the device; `{device}` allows "

@@ -19,8 +19,9 @@ import torch
 from numpy.typing import NDArray
 
 from edge_agent.bundle import Bundle
+from edge_agent.plan import RoundPlan
 from edge_agent.replay import Replica, apply_record
-from edge_agent.wire import RoundPlan, RoundRecord
+from edge_agent.wire import RoundRecord
 from profiles.errors import EstimateError
 from pruning.masks import Masks, densities_of, keep_top
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from coordinator.ledger import Ledger
 from coordinator.rounds import Rounds, Terms
 from coordinator.scalar_log import ScalarLog
 from coordinator.service import Service
@@ -14,9 +15,10 @@ from edge_agent.estimator import estimate
 from edge_agent.grid import plan_segments, snap
 from edge_agent.link import Connected, MemoryBroker, MemoryLink, Message
 from edge_agent.optimizer import METHODS
+from edge_agent.plan import RoundPlan
 from edge_agent.replay import Replica
 from edge_agent.topics import Topics, shard_of
-from edge_agent.wire import Reply, RoundPlan, SliceRequest, encode
+from edge_agent.wire import Reply, SliceRequest, encode
 
 SIZE = 256
 BUNDLE = "b" * 64
@@ -131,6 +133,7 @@ class FleetInMemory:
             replica=replica,
             recent=list(self.log.records(max(0, replica.round - 4))),
             seed=7,
+            ledger=self.ledger(),
         )
         self.service = Service(
             link=self.coordinator_link,
@@ -142,6 +145,10 @@ class FleetInMemory:
             clock=lambda: self.now,
         )
         self.service.start()
+
+    def ledger(self) -> Ledger | None:
+        """Return the books of the fleet, for tests that have some."""
+        return None
 
     def terms_of(self, round_: int) -> Terms:
         """Return the terms of a round, for tests that change them."""

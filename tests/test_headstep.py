@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from edge_agent.bundle import read_bundle
+from edge_agent.cohort import Cohort
 from edge_agent.data import Samples
 from edge_agent.estimator import estimate
 from edge_agent.forward import Forward
@@ -14,8 +15,9 @@ from edge_agent.head import chosen, flat_indices, head_size, outside
 from edge_agent.measure import measure
 from edge_agent.noise import values
 from edge_agent.optimizer import METHODS
+from edge_agent.plan import RoundPlan
 from edge_agent.replay import Replica, apply_record
-from edge_agent.wire import Cohort, RoundOpen, RoundPlan, RoundRecord
+from edge_agent.wire import RoundOpen, RoundRecord
 from profiles.errors import EstimateError
 
 SIZE = 800

@@ -16,8 +16,9 @@ from edge_agent.native.build import SOURCES, build
 from edge_agent.native.kernel import Kernel, find_kernel, kernel_name, load_kernels
 from edge_agent.native.library import library_name
 from edge_agent.noise import NoiseKey
+from edge_agent.plan import RoundPlan
 from edge_agent.replay import Replica, apply_record
-from edge_agent.wire import RoundPlan, RoundRecord
+from edge_agent.wire import RoundRecord
 from profiles.errors import ConfigError
 
 PATHS = ["scalar", "neon", "dotprod"]
@@ -93,8 +94,8 @@ def test_perturb_has_numpys_bits(kernel: Kernel, size: int, curved: bool):
         ours, theirs = random_weights(size, segments), random_weights(size, segments)
         keys = [NoiseKey(2**64 - 1, 7, 0, number) for number, _ in terms]
         for epsilon in (1e-3, 0.7):
-            kernel.perturb(
-                ours, segments, keys, [times for _, times in terms], epsilon=epsilon, curvature=curvature
+            kernel.displacer(ours, segments, epsilon=epsilon, curvature=curvature)(
+                [(key, times) for key, (_, times) in zip(keys, terms, strict=True)]
             )
             together = [Term(key, times) for key, (_, times) in zip(keys, terms, strict=True)]
             grid.perturb(theirs, segments, together, epsilon=epsilon, curvature=curvature)
@@ -198,7 +199,8 @@ def test_threads_change_no_bit(kernel: Kernel):
     results = []
     for threads in (1, 2, 3):
         weights, curvature = random_weights(size, segments), random_curvature(size)
-        kernel.perturb(weights, segments, keys, [1, -1], epsilon=1e-3, curvature=curvature, threads=threads)
+        displace = kernel.displacer(weights, segments, epsilon=1e-3, curvature=curvature, threads=threads)
+        displace([(keys[0], 1), (keys[1], -1)])
         limits = {"largest_move": 1 << 21, "largest_weight": 3 << 22, "direction": 1}
         kernel.update(
             weights,
@@ -218,18 +220,16 @@ def test_threads_change_no_bit(kernel: Kernel):
 
 def test_kernel_refuses_memory_that_it_must_not_write_to(kernel: Kernel):
     """Wrong sizes, types, strides and read-only memory are refused before a bit changes."""
-    key, segments = [NoiseKey(0, 0, 0, 0)], [Segment(0, 32, 2)]
+    key, segments = NoiseKey(0, 0, 0, 0), [Segment(0, 32, 2)]
     locked = np.zeros(32, np.float32)
     locked.flags.writeable = False
     for weights in (np.zeros(32), np.zeros(64, np.float32)[::2], locked, np.zeros(16, np.float32)):
         with pytest.raises(ValueError, match=r"weights|segments"):
-            kernel.perturb(weights, segments, key, [1], epsilon=1e-3, curvature=None)
+            kernel.displacer(weights, segments, epsilon=1e-3, curvature=None)
     with pytest.raises(ValueError, match="curvature"):
-        kernel.perturb(
-            np.zeros(32, np.float32), segments, key, [1], epsilon=1e-3, curvature=np.ones(16, np.uint16)
-        )
+        kernel.displacer(np.zeros(32, np.float32), segments, epsilon=1e-3, curvature=np.ones(16, np.uint16))
     with pytest.raises(ValueError, match="terms"):
-        kernel.perturb(np.zeros(32, np.float32), segments, key * 5, [1] * 5, epsilon=1e-3, curvature=None)
+        kernel.displacer(np.zeros(32, np.float32), segments, epsilon=1e-3, curvature=None)([(key, 1)] * 5)
 
 
 def test_variable_chooses_the_path(monkeypatch: pytest.MonkeyPatch):
@@ -270,9 +270,10 @@ def cycle(kernel: Kernel, size: int, cycles: int) -> tuple[NDArray[np.float32], 
     for number in range(cycles // 2):
         keys = [NoiseKey(0, number, 0, perturbation) for perturbation in range(2)]
         how = {"epsilon": 1e-3, "curvature": curvature if number % 2 else None}
-        kernel.perturb(weights, segments, keys[:1], [1], **how)
-        kernel.perturb(weights, segments, keys, [-1, 1], **how)
-        kernel.perturb(weights, segments, keys[1:], [-1], **how)
+        displace = kernel.displacer(weights, segments, **how)
+        displace([(keys[0], 1)])
+        displace([(keys[0], -1), (keys[1], 1)])
+        displace([(keys[1], -1)])
     return before, weights
 
 

@@ -19,8 +19,9 @@ from coordinator.testbed import make_bundle, read_samples, run_testbed
 from edge_agent.forward import Forward
 from edge_agent.noise import values
 from edge_agent.optimizer import METHODS
+from edge_agent.plan import RoundPlan
 from edge_agent.replay import apply_record, apply_records
-from edge_agent.wire import Reply, RoundPlan, RoundRecord, decode_record, encode_record
+from edge_agent.wire import Reply, RoundRecord, decode_record, encode_record
 from profiles.cost import graph_cost
 from profiles.errors import BudgetError, ConfigError, DigestError, LogError, ModelError, WireError
 from pruning.models import build_model, model_structure

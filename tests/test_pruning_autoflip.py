@@ -8,8 +8,9 @@ from scipy.stats import spearmanr
 from edge_agent.estimator import estimate
 from edge_agent.forward import Forward
 from edge_agent.optimizer import METHODS
+from edge_agent.plan import RoundPlan
 from edge_agent.replay import apply_record
-from edge_agent.wire import RoundPlan, RoundRecord
+from edge_agent.wire import RoundRecord
 from profiles.cost import graph_cost
 from profiles.errors import EstimateError
 from pruning.autoflip import explore, guidance, guided_masks

@@ -112,7 +112,7 @@ def test_the_summary_holds_what_it_promises(finished):
     assert summary["flops_per_step_pruned"] < 0.6 * summary["flops_per_step_dense"]
     assert summary["test_accuracy"] > 0.1
     for agent in summary["agents"]:
-        assert 40 < agent["peak_rss_mib"] <= min(75, agent["budget_mib"])
+        assert 40 < agent["peak_rss_mib"] <= min(64, agent["budget_mib"])
         assert abs(agent["predicted_peak_mib"] / agent["peak_rss_mib"] - 1) < 0.1
         assert agent["flops_spent"] == 40 * summary["flops_per_step_pruned"]
         assert agent["rounds_missed"] == 0
@@ -207,9 +207,9 @@ def test_other_data_goes_through(tmp_path, shape, classes):
 
 def test_a_budget_too_small_is_refused_before_anything_starts(tmp_path):
     """With the predicted and the allowed MiB, and what would fit."""
-    message = refused(tmp_path / "run", *THREE, "--set", "devices.0.memory_mib=60")
-    assert "60 MiB" in message
-    assert "needs 6" in message
+    message = refused(tmp_path / "run", *THREE, "--set", "devices.0.memory_mib=50")
+    assert "50 MiB" in message
+    assert "needs 5" in message
     assert "hint:" in message
 
 

@@ -13,6 +13,7 @@ from coordinator.cli import (
     ctl,
     devices,
     doctor,
+    enrol,
     fit,
     flash,
     log,
@@ -20,9 +21,11 @@ from coordinator.cli import (
     prune,
     replay,
     report,
+    serve,
     simulate,
     swarm,
     testbed,
+    update,
 )
 from profiles.errors import ScalarfedError
 
@@ -43,6 +46,11 @@ app = typer.Typer(
 app.add_typer(testbed.app, name="testbed")
 app.add_typer(flash.app, name="flash")
 app.add_typer(devices.app, name="devices")
+app.command(name="update", epilog=update.EXAMPLE)(update.update)
+devices.app.command(name="certificates")(enrol.certificates)
+devices.app.command(name="revoke", epilog=enrol.REVOKE_EXAMPLE)(enrol.revoke)
+app.command(name="serve", epilog=serve.EXAMPLE)(serve.serve)
+app.command(name="enrol", epilog=enrol.EXAMPLE)(enrol.enrol)
 app.command(name="ctl", epilog=ctl.EXAMPLE)(ctl.ctl)
 app.command(name="doctor", epilog=doctor.EXAMPLE)(doctor.doctor)
 app.command(name="simulate", epilog=simulate.EXAMPLE)(simulate.simulate)

@@ -8,6 +8,7 @@ import base64
 import hashlib
 import importlib.metadata
 import io
+import json
 import os
 import re
 import shutil
@@ -24,7 +25,16 @@ from coordinator.flash.settings import Settings
 from edge_agent.bundle import read_bundle
 from profiles.errors import FlashError
 
-__all__ = ["REQUIREMENTS", "Payload", "Target", "cache_folder", "fetch_wheels", "make_payload", "own_wheel"]
+__all__ = [
+    "REQUIREMENTS",
+    "Payload",
+    "Target",
+    "cache_folder",
+    "fetch_wheels",
+    "make_payload",
+    "make_update",
+    "own_wheel",
+]
 
 REQUIREMENTS = ("numpy>=1.26", "onnxruntime>=1.20", "paho-mqtt>=2.1,<3", "psutil>=5.9")
 """What the agent imports; the same as in ``pyproject.toml``."""
@@ -32,7 +42,10 @@ REQUIREMENTS = ("numpy>=1.26", "onnxruntime>=1.20", "paho-mqtt>=2.1,<3", "psutil
 _TEMPLATES = Path(__file__).parent / "board"
 _FLOORS = ("edge_agent", "profiles")
 _GLIBC = ("2_17", "2_24", "2_27", "2_28", "2_31", "2_34", "2_35", "2_36")
-_WATCHDOG_S = 120
+_SCRIPTS = (
+    *("install.sh", "guard.sh", "care.sh"),
+    *("scalarfed-agent.service", "scalarfed-care.service", "scalarfed-care.path"),
+)
 _EPOCH = (2020, 1, 1, 0, 0, 0)
 
 
@@ -182,16 +195,8 @@ def make_payload(
         BundleError: The bundle is damaged.
         FlashError: Wheels cannot be had, or there is no such data file.
     """
-    read_bundle(bundle)
-    wheels = {wheel.name: wheel.read_bytes() for wheel in fetch_wheels(target, cache=cache)}
-    name, own = own_wheel()
-    wheels[name] = own
-    digest = hashlib.sha256("".join(_sha256(wheels[key]) for key in sorted(wheels)).encode()).hexdigest()
-    release = f"{name.split('-')[1]}-{digest[:8]}"
-    files = {f"wheels/{key}": content for key, content in sorted(wheels.items())}
-    for path in sorted(bundle.iterdir()):
-        if path.is_file():
-            files[f"bundle/{path.name}"] = path.read_bytes()
+    files, release = _release(target, cache)
+    files |= _bundle_files(bundle)
     if data is not None:
         if not data.is_file():
             raise FlashError(
@@ -199,21 +204,52 @@ def make_payload(
                 hint="Give this board's .npz, or --data board:/path/on/the/board for samples that are there.",
             )
         files["data.npz"] = data.read_bytes()
-    unit = (_TEMPLATES / "scalarfed-agent.service").read_text(encoding="utf-8")
-    unit = unit.replace("@MEMORY_MIB@", f"{settings.memory_mib:.0f}").replace(
-        "@WATCHDOG_S@", str(_WATCHDOG_S)
-    )
-    unpacked = sum(_unpacked(content) for content in wheels.values())
-    files |= {
-        "install.sh": (_TEMPLATES / "install.sh").read_bytes(),
-        "guard.sh": (_TEMPLATES / "guard.sh").read_bytes(),
-        "scalarfed-agent.service": unit.encode(),
-        "release": f"{release} {target.arch} {target.python}\n".encode(),
-        "unpacked_kib": f"{unpacked // 1024 + len(own) // 1024}\n".encode(),
-        "board.json": settings.to_json(),
-    }
+    files["board.json"] = settings.to_json()
     files["MANIFEST"] = "".join(f"{_sha256(files[key])}  {key}\n" for key in sorted(files)).encode()
     return Payload(files, release)
+
+
+def make_update(
+    target: Target, *, bundle: Path | None = None, run: str = "", cache: Path | None = None
+) -> Payload:
+    """Return what a board takes over that has been flashed before: no settings of its own, no samples.
+
+    Args:
+        target: The boards' Python and architecture.
+        bundle: Another bundle; the boards keep theirs where left out.
+        run: The run of that bundle; the boards stay in theirs where left out.
+        cache: Where wheels are kept; :func:`cache_folder` where left out.
+
+    Raises:
+        BundleError: The bundle is damaged.
+        FlashError: Wheels cannot be had.
+    """
+    files, release = _release(target, cache)
+    if bundle is not None:
+        files |= _bundle_files(bundle)
+    if run:
+        files["settings.json"] = (json.dumps({"run": run}) + "\n").encode()
+    return Payload(files, release)
+
+
+def _release(target: Target, cache: Path | None) -> tuple[dict[str, bytes], str]:
+    """Return the files that are the same for every board of a kind, and the release's name."""
+    wheels = {wheel.name: wheel.read_bytes() for wheel in fetch_wheels(target, cache=cache)}
+    name, own = own_wheel()
+    wheels[name] = own
+    digest = hashlib.sha256("".join(_sha256(wheels[key]) for key in sorted(wheels)).encode()).hexdigest()
+    release = f"{name.split('-')[1]}-{digest[:8]}"
+    unpacked = sum(_unpacked(content) for content in wheels.values())
+    files = {f"wheels/{key}": content for key, content in sorted(wheels.items())}
+    files |= {file: (_TEMPLATES / file).read_bytes() for file in _SCRIPTS}
+    files["release"] = f"{release} {target.arch} {target.python}\n".encode()
+    files["unpacked_kib"] = f"{unpacked // 1024 + len(own) // 1024}\n".encode()
+    return files, release
+
+
+def _bundle_files(bundle: Path) -> dict[str, bytes]:
+    read_bundle(bundle)
+    return {f"bundle/{path.name}": path.read_bytes() for path in sorted(bundle.iterdir()) if path.is_file()}
 
 
 def _sha256(data: bytes) -> str:

@@ -12,10 +12,11 @@ import ctypes
 import functools
 import itertools
 import os
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,7 @@ __all__ = ["Kernel", "Learning", "find_kernel", "kernel_name", "kernels", "load_
 
 _ABI = 1
 _BLOCK = 8192
+_REMEMBERED = 4  # replicas in use at a time, as of a run in one process
 _SHARE = 1 << 18  # elements below which a thread costs more than it saves
 
 
@@ -44,8 +46,8 @@ class _Span(ctypes.Structure):
 class _PerturbJob(ctypes.Structure):
     _fields_ = (
         ("span", _Span),
-        ("keys", ctypes.c_void_p),
-        ("times", ctypes.c_void_p),
+        ("keys", ctypes.POINTER(ctypes.c_uint64)),
+        ("times", ctypes.POINTER(ctypes.c_int32)),
         ("terms", ctypes.c_int64),
         ("epsilon", ctypes.c_float),
     )
@@ -54,9 +56,9 @@ class _PerturbJob(ctypes.Structure):
 class _UpdateJob(ctypes.Structure):
     _fields_ = (
         ("span", _Span),
-        ("keys", ctypes.c_void_p),
+        ("keys", ctypes.POINTER(ctypes.c_uint64)),
         ("wholes", ctypes.c_void_p),
-        ("amounts", ctypes.c_void_p),
+        ("amounts", ctypes.POINTER(ctypes.c_float)),
         ("steps", ctypes.c_int64),
         ("perturbations", ctypes.c_int64),
         ("largest_move", ctypes.c_float),
@@ -84,6 +86,9 @@ class Learning(NamedTuple):
     floor: float
 
 
+Term: TypeAlias = tuple[tuple[int, int, int, int], int]
+
+
 class Kernel:
     """One path of the compiled library; the methods mean what numpy does in their callers.
 
@@ -103,35 +108,59 @@ class Kernel:
         self.name: str = library.scalarfed_path_name(path).decode()
         self.file = file
         self.image_block = int(library.scalarfed_image_block())
+        self._seen: dict[tuple[int, int], _Memory] = {}
 
-    def perturb(
+    def _memory(
         self,
         weights: NDArray[np.float32],
         segments: Sequence[tuple[int, int, int]],
-        keys: Sequence[tuple[int, int, int, int]],
-        times: Sequence[int],
+        curvature: NDArray[np.uint16] | None,
+    ) -> "_Memory":
+        """Return the checked memory of some arrays; the latest few are remembered."""
+        name = (id(weights), id(segments))
+        found = self._seen.get(name)
+        if found is None or not found.is_of(weights, segments, curvature):
+            found = self._seen[name] = _Memory(weights, segments, curvature)
+            while len(self._seen) > _REMEMBERED:
+                self._seen.pop(next(iter(self._seen)), None)
+        return found
+
+    def displacer(
+        self,
+        weights: NDArray[np.float32],
+        segments: Sequence[tuple[int, int, int]],
         *,
         epsilon: float,
         curvature: NDArray[np.uint16] | None,
         threads: int = 1,
-    ) -> None:
-        """Add ``sum_t times_t * epsilon * z_t``; see :func:`edge_agent.grid.perturb`.
+    ) -> Callable[[Sequence[Term]], None]:
+        """Return a function of terms that displaces the weights; see :func:`edge_agent.grid.displacer`.
 
         Raises:
-            ValueError: The arrays are not what the kernel may write to, or there are over 4 terms.
+            ValueError: The arrays are not what the kernel may write to; from the function: there are not 1
+                to 4 terms.
         """
-        if not 1 <= len(keys) <= 4:
-            raise ValueError(f"one pass takes 1 to 4 terms, got {len(keys)}")
-        flat = np.array(keys, np.uint64)
-        counts = np.array(times, np.int32)
-        table = _segment_table(tuple(segments))
+        memory = self._memory(weights, segments, curvature)
+        function, path, size = self._library.scalarfed_perturb, self._path, weights.size
+        keys, times = (ctypes.c_uint64 * 16)(), (ctypes.c_int32 * 4)()
+        job = _PerturbJob(memory.span(0, size), keys, times, 0, epsilon)
 
         def work(start: int, stop: int) -> int:
-            span = _span(weights, curvature, table, start, stop)
-            job = _PerturbJob(span, flat.ctypes.data, counts.ctypes.data, len(keys), epsilon)
-            return int(self._library.scalarfed_perturb(self._path, ctypes.byref(job)))
+            return int(function(path, _PerturbJob(memory.span(start, stop), keys, times, job.terms, epsilon)))
 
-        _spread(work, weights.size, threads)
+        def displace(terms: Sequence[Term]) -> None:
+            if not 1 <= len(terms) <= 4:
+                raise ValueError(f"one pass takes 1 to 4 terms, got {len(terms)}")
+            for place, (key, count) in enumerate(terms):
+                keys[4 * place : 4 * place + 4] = key  # type: ignore[call-overload]  # any sequence will do
+                times[place] = count
+            job.terms = len(terms)
+            if threads == 1:
+                _check(function(path, job))
+            else:
+                _spread(work, size, threads)
+
+        return displace
 
     def update(
         self,
@@ -167,24 +196,28 @@ class Kernel:
             ValueError: The arrays are not what the kernel may write to, or do not fit each other.
         """
         steps, perturbations = wholes.shape
-        flat = np.array(keys, np.uint64)
-        if flat.shape != (steps, perturbations, 4) or len(amounts) != steps or not perturbations:
+        fits = [len(of_step) for of_step in keys] == [perturbations] * steps and len(amounts) == steps
+        if not (fits and perturbations):
             raise ValueError(
-                f"{flat.shape} keys and {len(amounts)} amounts do not fit scalars {wholes.shape}"
+                f"{len(keys)} steps of keys and {len(amounts)} amounts do not fit {wholes.shape}"
             )
+        fields = [field for of_step in keys for key in of_step for field in key]
+        flat = (ctypes.c_uint64 * (4 * wholes.size))(*fields)
+        factors = (ctypes.c_float * steps)(*amounts)
         wholes = np.ascontiguousarray(wholes, np.int32)
-        factors = np.array(amounts, np.float32)
-        table = _segment_table(tuple(segments))
+        memory = self._memory(weights, segments, curvature)
         learns = (0, 0.0, 0.0, 0.0, 0.0)
         if learning is not None:
             learns = (1, learning.descent, 1.0 - learning.nu, learning.nu, learning.floor)
 
+        function, path = self._library.scalarfed_update, self._path
+
         def work(start: int, stop: int) -> int:
             job = _UpdateJob(
-                _span(weights, curvature, table, start, stop),
-                flat.ctypes.data,
+                memory.span(start, stop),
+                flat,
                 wholes.ctypes.data,
-                factors.ctypes.data,
+                factors,
                 steps,
                 perturbations,
                 largest_move,
@@ -192,7 +225,7 @@ class Kernel:
                 direction,
                 *learns,
             )
-            return int(self._library.scalarfed_update(self._path, ctypes.byref(job)))
+            return int(function(path, job))
 
         _spread(work, weights.size, threads)
 
@@ -210,31 +243,60 @@ class Kernel:
         return sum(parts) & ((1 << 64) - 1)
 
 
-def _span(
-    weights: NDArray[np.float32],
-    curvature: NDArray[np.uint16] | None,
-    table: NDArray[np.int64],
-    start: int,
-    stop: int,
-) -> _Span:
-    for name, array, dtype in (("weights", weights, np.float32), ("curvature", curvature, np.uint16)):
-        if array is None:
-            continue
-        if array.dtype != dtype or array.shape != (weights.size,):
-            raise ValueError(
-                f"{name} must be {weights.size} {np.dtype(dtype)}, got {array.shape} {array.dtype}"
-            )
-        if not (array.flags.c_contiguous and array.flags.writeable):
-            raise ValueError(f"{name} must be contiguous and writeable memory")
-    if len(table) and table[-1, 1] > weights.size:
-        raise ValueError(f"segments end at {table[-1, 1]}, weights at {weights.size}")
-    pointer = None if curvature is None else curvature.ctypes.data
-    return _Span(weights.ctypes.data, pointer, table.ctypes.data, len(table), start, stop)
+class _Memory:
+    """Arrays that were found fit for the kernel, and where they lie.
 
+    Args:
+        weights: Flat float32 vector.
+        segments: Its grids.
+        curvature: bfloat16 bits, or None.
 
-@functools.lru_cache(maxsize=16)
-def _segment_table(segments: tuple[tuple[int, int, int], ...]) -> NDArray[np.int64]:
-    return np.array(segments, np.int64).reshape(-1, 3)
+    Raises:
+        ValueError: The arrays are not what the kernel may write to.
+    """
+
+    def __init__(
+        self,
+        weights: NDArray[np.float32],
+        segments: Sequence[tuple[int, int, int]],
+        curvature: NDArray[np.uint16] | None,
+    ) -> None:
+        for name, array, dtype in (("weights", weights, np.float32), ("curvature", curvature, np.uint16)):
+            if array is None:
+                continue
+            if array.dtype != dtype or array.shape != (weights.size,):
+                raise ValueError(
+                    f"{name} must be {weights.size} {np.dtype(dtype)}, got {array.shape} {array.dtype}"
+                )
+            if not (array.flags.c_contiguous and array.flags.writeable):
+                raise ValueError(f"{name} must be contiguous and writeable memory")
+        table = np.array(segments, np.int64).reshape(-1, 3)
+        if len(table) and (table[:, 1].max() > weights.size or table[:, 0].min() < 0):
+            raise ValueError(f"segments end at {table[:, 1].max()}, weights at {weights.size}")
+        self._table, self._segments = table, tuple(segments)
+        self._weights = weakref.ref(weights)
+        self._curvature = None if curvature is None else weakref.ref(curvature)
+        pointer = None if curvature is None else curvature.ctypes.data
+        self._span = (weights.ctypes.data, pointer, table.ctypes.data, len(table))
+
+    def is_of(
+        self,
+        weights: NDArray[np.float32],
+        segments: Sequence[tuple[int, int, int]],
+        curvature: NDArray[np.uint16] | None,
+    ) -> bool:
+        """Tell whether this is the memory of these very arrays, still writeable."""
+        own = None if self._curvature is None else self._curvature()
+        return (
+            self._weights() is weights
+            and own is curvature
+            and (self._segments is segments or self._segments == tuple(segments))
+            and weights.flags.writeable
+        )
+
+    def span(self, start: int, stop: int) -> _Span:
+        """Return a share of the elements as the kernel takes it."""
+        return _Span(*self._span, start, stop)
 
 
 def _spread(work: Callable[[int, int], int], size: int, threads: int) -> None:
@@ -247,6 +309,10 @@ def _spread(work: Callable[[int, int], int], size: int, threads: int) -> None:
         with ThreadPoolExecutor(shares - 1) as pool:
             others = [pool.submit(work, *pair) for pair in itertools.pairwise(borders[1:])]
             failed = work(borders[0], borders[1]) + sum(other.result() for other in others)
+    _check(failed)
+
+
+def _check(failed: int) -> None:
     if failed:
         raise MemoryError("the kernel got no memory for its keys")
 
@@ -264,6 +330,8 @@ def load_kernels(library: Path) -> dict[str, Kernel]:
     except (OSError, AttributeError):
         return {}
     loaded.scalarfed_path_name.restype = ctypes.c_char_p
+    loaded.scalarfed_perturb.argtypes = (ctypes.c_int, ctypes.POINTER(_PerturbJob))
+    loaded.scalarfed_update.argtypes = (ctypes.c_int, ctypes.POINTER(_UpdateJob))
     loaded.scalarfed_fold.restype = ctypes.c_uint64
     loaded.scalarfed_fold.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
     numbers = [

@@ -11,7 +11,8 @@ cd "$1"
 export TMPDIR="$PWD" PATH="$PATH:/usr/sbin:/sbin"
 packages=linux-image-cloud-arm64,base-passwd,base-files,bash,coreutils,login,passwd,util-linux,mount,systemd
 packages=$packages,systemd-sysv,udev,dbus,cloud-init,python3,python3-venv,iproute2,kmod,procps,dash,grep,sed,gzip
-packages=$packages,findutils,hostname,libc-bin,netbase,mawk,init-system-helpers,debianutils,tzdata,busybox-static,netcat-openbsd
+packages=$packages,findutils,hostname,libc-bin,netbase,mawk,init-system-helpers,debianutils,tzdata,busybox-static
+packages=$packages,netcat-openbsd,openssl
 
 if [ ! -f root.tar ]; then
   nice mmdebstrap --format=tar --mode=root --variant=extract --arch=arm64 --include=$packages \
