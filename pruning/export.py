@@ -24,7 +24,7 @@ from profiles.errors import ModelError
 from pruning.fuse import BLOCKS, block, fuse
 from pruning.weights import derive_seed
 
-__all__ = ["TOLERANCE", "Exported", "export_bundle", "export_graph", "write_exported"]
+__all__ = ["TOLERANCE", "Exported", "export_bundle", "export_graph", "graph_variants", "write_exported"]
 
 TOLERANCE = 1e-5
 """Largest difference allowed between torch and ONNX Runtime, relative to the largest logit."""
@@ -209,11 +209,11 @@ def write_exported(
         cost=cost(exported.graph),
         pruning=pruning,
         head=exported.head,
-        variants=_variants(exported.graph),
+        variants=graph_variants(exported.graph),
     )
 
 
-def _variants(graph: bytes) -> dict[str, bytes]:
+def graph_variants(graph: bytes) -> dict[str, bytes]:
     """Return the graph's variants by the names under which :mod:`edge_agent.forward` looks for them."""
     fused = fuse(graph)
     if fused is None:
