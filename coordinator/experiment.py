@@ -82,7 +82,7 @@ class Pruning:
 
     method: Annotated[
         str, Choice(("ntk", "synflow", "snip", "grasp", "magnitude", "erk", "random", "uniform", "none"))
-    ] = "ntk"
+    ] = "uniform"
     density: Annotated[
         float,
         Number(

@@ -3,6 +3,7 @@
 Knows what the options mean together. Does not know how a net is pruned, nor the command line.
 """
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -47,7 +48,8 @@ class PruneRequest:
         macs: Multiply-accumulates that a forward of one sample may take.
         fit: A profile whose memory the training may use.
         batch_size: Samples of a forward pass, for ``fit`` and the picture.
-        method: One of :data:`pruning.prune.METHODS`, or ``autoflip``.
+        method: One of :data:`pruning.prune.METHODS`, or ``autoflip``; what trained best if None: ``uniform``
+            for narrower layers, ``ntk`` for masks.
         explored: For ``autoflip``, the folder of a run in which the agents explored.
         mode: ``structured`` or ``mask``.
         draws: Draws of the saliency per step.
@@ -64,7 +66,7 @@ class PruneRequest:
     macs: float | None = None
     fit: str | None = None
     batch_size: int = 32
-    method: str = "ntk"
+    method: str | None = None
     explored: Path | None = None
     mode: str = "structured"
     draws: int = 5
@@ -88,6 +90,8 @@ def prune_to_bundle(request: PruneRequest, *, observer: Observer) -> dict[str, A
         DataError: The data file is missing or malformed.
         ProfileError: There is no such profile.
     """
+    if request.method is None:
+        request = dataclasses.replace(request, method="ntk" if request.mode == "mask" else "uniform")
     _check(request)
     problem = _problem(request)
     allowed_mib = load_profile(request.fit).memory_mib.value if request.fit else None
@@ -188,7 +192,7 @@ def _write_narrow(
             sample_shape=problem.sample_shape,
             classes=problem.classes,
             name=request.model.rpartition(":")[2],
-            method=request.method,
+            method=str(request.method),
             density=density,
             allowance=allowance,
             draws=request.draws,
@@ -201,7 +205,7 @@ def _write_narrow(
             request.model,
             sample_shape=problem.sample_shape,
             classes=problem.classes,
-            method=request.method,
+            method=str(request.method),
             density=density,
             allowance=allowance,
             draws=request.draws,
@@ -251,7 +255,7 @@ def _write_mask(
         request.model,
         sample_shape=problem.sample_shape,
         classes=problem.classes,
-        method=request.method,
+        method=str(request.method),
         density=0.5 if request.density is None else request.density,
         draws=request.draws,
         seed=request.seed,

@@ -113,7 +113,7 @@ def prune_model(
     *,
     sample_shape: tuple[int, ...],
     classes: int,
-    method: str = "ntk",
+    method: str = "uniform",
     density: float = 0.5,
     allowance: Allowance | None = None,
     draws: int = 5,

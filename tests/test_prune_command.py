@@ -54,7 +54,8 @@ def nets(tmp_path):
 def test_data_gives_the_shape(images, tmp_path, capsys):
     """With --data the net takes raw samples of the file, and the bundle runs on them."""
     out = tmp_path / "bundle"
-    assert main(["prune", "auto", "--data", str(images), "--density", "0.4", *FAST, "-o", str(out)]) == 0
+    words = ["prune", "auto", "--data", str(images), "--density", "0.4", "--method", "ntk", *FAST]
+    assert main([*words, "-o", str(out)]) == 0
     assert "parameters 3,669 -> 1,449 (39.5%)" in capsys.readouterr().out
 
     bundle = read_bundle(out)
@@ -88,6 +89,14 @@ def test_budgets(budget, tmp_path, capsys):
         budget[0] if budget else "", 0.5 * facts["params_dense"]
     )
     assert 0.95 * most <= facts["params"] <= most
+
+
+@pytest.mark.parametrize(("mode", "method"), [("structured", "uniform"), ("mask", "ntk")])
+def test_the_default_is_what_trained_best(mode, method, tmp_path, capsys):
+    """Without --method, layers shrink by one factor and masks follow NTK-SAP; see docs/pruning.md."""
+    words = ["prune", "lenet", "--shape", "1x8x8", "--classes", "3", "--mode", mode, *FAST, "--json"]
+    assert main([*words, "-o", str(tmp_path / "bundle")]) == 0
+    assert json.loads(capsys.readouterr().out)["method"] == method
 
 
 def test_a_mask_claims_nothing(tmp_path, capsys):

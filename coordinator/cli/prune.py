@@ -49,9 +49,13 @@ def prune(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples of a forward, for --fit.")] = 32,
     method: Annotated[
-        str,
-        typer.Option(help="uniform, ntk, synflow, erk, random, magnitude, snip, grasp, autoflip or none."),
-    ] = "ntk",
+        str | None,
+        typer.Option(
+            help="uniform, the default of layers; ntk, that of masks; synflow, erk, random, magnitude, snip, "
+            "grasp, autoflip or none.",
+            show_default=False,
+        ),
+    ] = None,
     explored: Annotated[
         Path | None,
         typer.Option(help="For --method autoflip: a run of the same net, not pruned.", show_default=False),
