@@ -266,10 +266,9 @@ class Rounds:
         self._set_presence(agent, online=False)
         opened = self._open
         if opened is not None and agent in opened.members and len(opened.members) > 1:
-            opened.members -= {agent}
-            opened.waiting.discard(agent)
-            for replies in (opened.answered, opened.counted):
-                replies.pop(agent, None)
+            opened.members, opened.waiting = opened.members - {agent}, opened.waiting - {agent}
+            opened.answered.pop(agent, None)
+            opened.counted.pop(agent, None)
         return self._close_if_over(now)
 
     def on_reply(self, agent: int, reply: Reply, now: float) -> list[Action]:

@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional
 
 from edge_agent.bundle import read_bundle
+from edge_agent.cohort import Cohort
 from edge_agent.data import Samples, batch_indices, to_inputs
 from edge_agent.forward import Forward
 from edge_agent.measure import forward_for, measure, refuse_without_torch
@@ -20,7 +21,7 @@ from edge_agent.optimizer import METHODS
 from edge_agent.plan import RoundPlan
 from edge_agent.replay import apply_record
 from edge_agent.torch_forward import TorchForward
-from edge_agent.wire import Cohort, RoundOpen, RoundRecord
+from edge_agent.wire import RoundOpen, RoundRecord
 from profiles.budget import predict_peak_mib
 from profiles.cost import graph_cost
 from profiles.errors import ConfigError
@@ -255,7 +256,7 @@ def test_the_budget_says_what_torch_costs(method, batch, tmp_path):
         "from edge_agent.measure import forward_for, measure\n"
         "from edge_agent.optimizer import METHODS\n"
         "from edge_agent.plan import RoundPlan\n"
-        "from edge_agent.wire import Cohort, RoundOpen\n"
+        "from edge_agent.cohort import Cohort\nfrom edge_agent.wire import RoundOpen\n"
         "from profiles.memory import peak_rss_mib\n"
         "home, name, batch = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])\n"
         "bundle, rule = read_bundle(home), METHODS[name]\n"

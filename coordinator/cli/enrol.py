@@ -7,13 +7,14 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["EXAMPLE", "REVOKE_EXAMPLE", "certificates", "enrol", "revoke"]
+__all__ = ["EXAMPLE", "LIST_EXAMPLE", "REVOKE_EXAMPLE", "certificates", "enrol", "revoke"]
 
 EXAMPLE = (
     "Examples:\n\n"
     "scalarfed enrol pi-1 pi-2 --url https://laptop.local:8443\n\n"
     "scalarfed enrol pi-1 --valid-h 1 --out /media/usb"
 )
+LIST_EXAMPLE = "Example: scalarfed devices certificates"
 REVOKE_EXAMPLE = "Example: scalarfed devices revoke pi-3"
 
 _Authority = Annotated[

@@ -71,7 +71,7 @@ def serve(
                 folder,
                 address=address,
                 authority=None if insecure else authority or default_folder(),
-                on_ready=lambda lines: observer.line("\n".join(lines)),
+                on_ready=lambda lines: typer.echo("\n".join(lines), err=as_json),
             )
         except KeyboardInterrupt:
             typer.echo("\nStopped in order. The same command goes on.", err=True)

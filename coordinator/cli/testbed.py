@@ -49,6 +49,10 @@ def run(
         str | None,
         typer.Option(metavar="URL", help="Use a running MQTT broker, mqtt://HOST:PORT.", show_default=False),
     ] = None,
+    insecure: Annotated[
+        bool,
+        typer.Option("--insecure", help="Let messages go over a network in the clear: for one of your own."),
+    ] = False,
 ) -> None:
     """Prune, export, start a broker and the agents, train, and write the report.
 
@@ -59,6 +63,7 @@ def run(
     from coordinator.config import load_experiment
 
     overrides = [*(settings or []), *([f'broker.url="{broker}"'] if broker else [])]
+    overrides += ['broker.security="insecure"'] if insecure else []
     chosen = load_experiment(experiment, overrides)
     folder = out or Path("runs") / chosen.name
     try:
