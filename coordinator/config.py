@@ -19,6 +19,7 @@ from coordinator.experiment import (
     Evaluation,
     Experiment,
     Fleet,
+    Health,
     Method,
     Model,
     Privacy,
@@ -58,6 +59,7 @@ _SECTIONS: dict[str, type[Any]] = {
     "fleet": Fleet,
     "broker": BrokerChoice,
     "evaluation": Evaluation,
+    "health": Health,
     "privacy": Privacy,
 }
 
@@ -90,11 +92,11 @@ def with_settings(experiment: Experiment, overrides: Sequence[str]) -> Experimen
 
 def _resolved(table: dict[str, Any], overrides: Sequence[str], *, source: str) -> Experiment:
     written_for = _get(table, "method", "name")
-    for assignment in overrides:
-        override(table, assignment, paths={"data.path"})
+    asked = {override(table, assignment, paths={"data.path"}) for assignment in overrides}
     if isinstance(method := table.get("method"), dict):
         for constant in _constants_of(written_for).keys() - _constants_of(method.get("name")).keys():
-            method.pop(constant, None)
+            if f"method.{constant}" not in asked:  # what was asked for by name is refused, not dropped
+                method.pop(constant, None)
     faults = Faults()
     experiment = _experiment(table, faults)
     _check_together(experiment, faults)

@@ -1,6 +1,6 @@
-"""How good the coordinator's replica is on samples that no agent has.
+"""How good a replica is, by samples that no agent has.
 
-Knows a graph and test samples. Does not know rounds, nor when to judge.
+Knows bundles and samples. Does not know when it is asked.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from edge_agent.replay import Replica
 
 __all__ = ["Evaluator", "evaluate", "judge_widths"]
 
-_EVALUATION_BATCH = 256
+_BATCH = 256
 
 
 class Evaluator:
@@ -45,8 +45,8 @@ def evaluate(forward: Forward, samples: Samples) -> tuple[float, float]:
     """Return mean loss and accuracy over all samples."""
     losses = 0.0
     right = 0
-    for start in range(0, len(samples), _EVALUATION_BATCH):
-        batch = samples.pick(slice(start, start + _EVALUATION_BATCH))
+    for start in range(0, len(samples), _BATCH):
+        batch = samples.pick(slice(start, start + _BATCH))
         loss, correct = forward.evaluate(to_inputs(batch.x), batch.y)
         losses += loss * len(batch)
         right += correct

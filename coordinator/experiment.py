@@ -23,6 +23,7 @@ __all__ = [
     "Evaluation",
     "Experiment",
     "Fleet",
+    "Health",
     "Method",
     "Model",
     "Privacy",
@@ -115,7 +116,7 @@ class Method:
     learning_rate: Annotated[
         float, Number(above=0, remedy="Try 0.01 first, and a tenth of it if the loss climbs.")
     ]
-    name: Annotated[str, Choice(tuple(METHODS))] = "headstep"
+    name: Annotated[str, Choice(tuple(METHODS))] = "deepstep"
     epsilon: Annotated[float, Number(above=0, most=1, remedy="1e-3 suits most nets.")] = 1e-3
     perturbations: Annotated[int, Whole(1, 65535, remedy="8 is a good start.")] = 8
     exact: Annotated[int, Whole(0, 16384, remedy="64 is a good start; each is 4 bytes of a reply.")] = 64
@@ -226,6 +227,20 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Health:
+    """What is done when a run is not well: a loss jumps or diverges, or weights reach the end of their grid.
+
+    Attributes:
+        answer: ``none`` only says so; ``halve`` halves the learning rate; ``rollback`` also goes back to the
+            round with the lowest loss so far.
+        most: How often that is done in a run.
+    """
+
+    answer: Annotated[str, Choice(("none", "halve", "rollback"))] = "none"
+    most: Annotated[int, Whole(1, 20)] = 3
+
+
+@dataclass(frozen=True)
 class Privacy:
     """How little a reply says of any one agent.
 
@@ -264,6 +279,7 @@ class Experiment:
     devices: tuple[Device, ...]
     broker: BrokerChoice
     evaluation: Evaluation
+    health: Health
     privacy: Privacy = field(default_factory=Privacy)
     seed: Annotated[int, Whole()] = 7
     rounds: Annotated[int, Whole(1, 2**31 - 1)] = 400

@@ -379,8 +379,8 @@ class Rounds:
         counted = opened.counted
         plan = opened.message.plan
         skipped = len(counted) < max(1, self._needed(opened))
-        alike = plan.shares == 1  # agents of unlike shares measure unlike things
-        changes = self.outliers.observe(counted, self._classes(opened)) if alike and not skipped else []
+        alike = not skipped and plan.shares == 1
+        changes = self.outliers.observe(counted, self._classes(opened)) if alike else []
         scalars = np.zeros((plan.steps, plan.scalars), np.float32)
         trusted, liars = self._trusted(counted, opened.terms)
         # Where as many were left out as may lie, nobody is left to trim: the mean makes most of the others.

@@ -308,6 +308,34 @@ class ScalarLog:
         """Return how often something happened to an agent."""
         return self._count("SELECT COUNT(*) FROM events WHERE kind = ? AND agent = ?", kind, agent)
 
+    def roll_back(self, round_: int, *, changes: str, change: str) -> None:
+        """Let the log end before a round; its records from there on are kept aside, for people.
+
+        Args:
+            round_: The first one that no longer counts, from 0 to the length of the log.
+            changes: Kind of the events that tell changes of the plan: later ones no longer count either.
+            change: The text of the change that counts from this round on.
+        """
+        now = time.time()
+        with self._db:
+            self._db.execute(
+                "INSERT INTO abandoned SELECT ?, round, record, chain FROM records WHERE round >= ?",
+                (now, round_),
+            )
+            self._db.execute("DELETE FROM records WHERE round >= ?", (round_,))
+            self._db.execute("DELETE FROM evaluations WHERE round > ?", (round_,))
+            self._db.execute("UPDATE replies SET counted = 0 WHERE round >= ?", (round_,))
+            self._db.execute(
+                "UPDATE events SET kind = kind || ', abandoned' "
+                "WHERE kind = ? AND json_extract(text, '$.round') >= ?",
+                (changes, round_),
+            )
+            self._insert_events([(now, changes, "", change)])
+
+    def abandoned(self) -> int:
+        """Return how many records were gone back from."""
+        return self._count("SELECT COUNT(*) FROM abandoned")
+
     def texts_of(self, kind: str) -> list[str]:
         """Return what the events of a kind say, in the order in which they were noted."""
         query = "SELECT text FROM events WHERE kind = ? ORDER BY rowid"

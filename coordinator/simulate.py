@@ -18,13 +18,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from coordinator.answers import Answers, RolledBack
 from coordinator.config import dump
 from coordinator.evaluation import Evaluator, judge_widths
 from coordinator.experiment import Experiment
 from coordinator.family import deal_levels, read_family
 from coordinator.health import Health
 from coordinator.partition import partition
+from coordinator.plans import CHANGED, Plans
 from coordinator.progress import Observer, Standing
+from coordinator.rebuild import rebuild
 from coordinator.rounds import Action, Announce, Commit, Rounds
 from coordinator.scalar_log import ScalarLog
 from coordinator.testbed import make_bundle, read_samples, rounds_of
@@ -110,52 +113,46 @@ def _simulate(experiment: Experiment, folder: Path, observer: Observer) -> dict[
     names = [agent.name for agent in experiment.agents]
     with ScalarLog.create(folder / "log.sqlite", meta) as log:
         log.set_agents([(a.id, a.name, a.profile, a.memory_mib, None) for a in experiment.agents])
-        replica = bundle.replica()
-        levels = family.levels if family is not None else ()
-        rounds = rounds_of(experiment, bundle, replica, epoch=log.next_epoch(), levels=levels)
-        judge = Evaluator(bundle, replica, test)
-        log.add_evaluation(0, *judge())
         observer.stage(f"simulating {len(names)} agents by {experiment.method.name}")
         spent = Spending()
-        health = Health(experiment.method.learning_rate)
 
-        def on_commit(action: Commit) -> None:
-            done = action.record.plan.round + 1
-            replies = {names[number]: (*reply, 0.0) for number, reply in action.replies.items()}
-            log.append(action.record, loss=action.loss, opened_at=0.0, closed_at=0.0, replies=replies)
-            for text in health.observe(action.record, action.loss, replica):
-                log.add_event("health", "", f"round {action.record.plan.round}: {text}")
-                observer.line(f"round {done}: {text}")
-            if done % experiment.evaluation.every == 0 or done == experiment.rounds:
-                log.add_evaluation(done, *judge())
-            known = log.last_evaluation()
-            accuracy = known[1] if known else None
-            observer.round(
-                Standing(
-                    done,
-                    experiment.rounds,
-                    action.loss,
-                    accuracy,
-                    len(names),
-                    len(names),
-                    spent.bytes_up,
-                    spent.bytes_down,
-                )
+        def run() -> Replica:
+            replica = rebuild(bundle, log)
+            plans = Plans(experiment, bundle, log.texts_of(CHANGED))
+            recent = list(log.records(max(0, replica.round - 4)))
+            rounds = rounds_of(
+                experiment,
+                bundle,
+                replica,
+                epoch=log.next_epoch(),
+                recent=recent,
+                plans=plans,
+                levels=levels,
             )
+            watch = _Watch(experiment, log, observer, names, Evaluator(bundle, replica, test), plans, spent)
+            if replica.round == 0:
+                log.add_evaluation(0, *watch.judge())
+            play(
+                rounds,
+                bundle,
+                train,
+                parts,
+                narrower=narrower,
+                on_commit=lambda action: watch.on_commit(action, replica),
+                spent=spent,
+                privacy=privacy,
+            )
+            return replica
 
-        narrower = family.bundles[:-1] if family is not None else ()
+        narrower, levels = (family.bundles[:-1], family.levels) if family is not None else ((), ())
         asked = experiment.privacy
         privacy = Privacy(asked.clip, asked.noise) if asked.clip else None
-        play(
-            rounds,
-            bundle,
-            train,
-            parts,
-            narrower=narrower,
-            on_commit=on_commit,
-            spent=spent,
-            privacy=privacy,
-        )
+        while True:
+            try:
+                replica = run()
+                break
+            except RolledBack as back:
+                observer.line(back.text)
         loss, accuracy = log.last_evaluation() or (None, None)
         summary = {
             "name": experiment.name,
@@ -178,6 +175,52 @@ def _simulate(experiment: Experiment, folder: Path, observer: Observer) -> dict[
             summary["widths"] = judge_widths(family.bundles, replica, levels, test)
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     return summary
+
+
+class _Watch:
+    """Writes what a simulation brings, and looks after its health."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        log: ScalarLog,
+        observer: Observer,
+        names: Sequence[str],
+        judge: Evaluator,
+        plans: Plans,
+        spent: Spending,
+    ) -> None:
+        self.judge = judge
+        self._experiment = experiment
+        self._log = log
+        self._observer = observer
+        self._names = names
+        self._spent = spent
+        self._health = Health(experiment.method.learning_rate)
+        self._answers = Answers(experiment, plans, log, self._health)
+
+    def on_commit(self, action: Commit, replica: Replica) -> None:
+        """Take in a record that was applied.
+
+        Raises:
+            RolledBack: The log was cut for the sake of health.
+        """
+        round_, names, log, spent = action.record.plan.round, self._names, self._log, self._spent
+        done = round_ + 1
+        replies = {names[number]: (*reply, 0.0) for number, reply in action.replies.items()}
+        log.append(action.record, loss=action.loss, opened_at=0.0, closed_at=0.0, replies=replies)
+        for text in self._health.observe(action.record, action.loss, replica):
+            log.add_event("health", "", f"round {round_}: {text}")
+            self._observer.line(f"round {done}: {text}")
+        if done % self._experiment.evaluation.every == 0 or done == self._experiment.rounds:
+            log.add_evaluation(done, *self.judge())
+        known = log.last_evaluation()
+        accuracy, agents, rounds = known[1] if known else None, len(names), self._experiment.rounds
+        self._observer.round(
+            Standing(done, rounds, action.loss, accuracy, agents, agents, spent.bytes_up, spent.bytes_down)
+        )
+        if text := self._answers.after(round_):
+            self._observer.line(f"round {done}: {text}")
 
 
 def deal(experiment: Experiment, train: Samples) -> list[NDArray[np.int64]]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from coordinator.answers import Answers, RolledBack
 from coordinator.broker import Broker, open_broker
 from coordinator.config import dump, load_experiment
 from coordinator.control import Control
@@ -53,6 +54,7 @@ __all__ = [
     "prepare",
     "privacy_of",
     "read_samples",
+    "refuse_unmeasurable",
     "rounds_of",
     "run_testbed",
 ]
@@ -101,9 +103,14 @@ def run_testbed(experiment: Experiment, *, out: Path, resume: bool, observer: Ob
         observer.line(f"broker: {broker.kind} at {broker.agents_url}")
         log.set_meta("broker", broker.kind)
         try:
-            service = _train(
-                experiment, out, bundle, test, log=log, broker=broker, guard=guard, observer=observer
-            )
+            while True:
+                try:
+                    service = _train(
+                        experiment, out, bundle, test, log=log, broker=broker, guard=guard, observer=observer
+                    )
+                    break
+                except RolledBack as back:
+                    observer.line(back.text)
         except BaseException as error:
             log.add_event("interrupted", "", f"{type(error).__name__}: {error}")
             raise
@@ -235,14 +242,23 @@ def make_bundle(experiment: Experiment, folder: Path, train: Samples, observer: 
         observer.line(f"{len(family)} nested widths of {sizes} parameters")
         return family[-1]
     bundle = write_pruned(pruned, folder, cost=_cost)
+    refuse_unmeasurable(experiment, bundle)
+    return bundle
+
+
+def refuse_unmeasurable(experiment: Experiment, bundle: Bundle) -> None:
+    """Do nothing if an agent can measure what the method asks; else refuse.
+
+    Raises:
+        ConfigError: The method needs what the graph cannot tell.
+    """
     method = METHODS[experiment.method.name]
     if method.head and not method.autodiff and experiment.method.exact and not bundle.head:
         raise ConfigError(
             f"`{experiment.method.name}` needs the last layer's gradient, and the last layer of "
-            f"{pruned.model} is not linear",
+            f"{bundle.model} is not linear",
             hint="Set method.name to decomfl or hiso, or method.exact to 0.",
         )
-    return bundle
 
 
 def _cost(graph: bytes) -> Mapping[str, int]:
@@ -372,6 +388,7 @@ def _train(
         log.add_evaluation(replica.round, loss, accuracy)
 
     health = Health(experiment.method.learning_rate)
+    answers = Answers(experiment, plans, log, health)
 
     def on_commit(record: RoundRecord, loss: float | None) -> None:
         done = record.plan.round + 1
@@ -385,6 +402,8 @@ def _train(
         observer.round(
             Standing(done, present.rounds, loss, accuracy, service.online(), agents, *service.bytes_seen())
         )
+        if text := answers.after(record.plan.round):
+            observer.line(f"round {done}: {text}")
 
     with local_fleet(experiment, out, broker, log, guard, levels) as supervisor:
 

@@ -26,7 +26,7 @@ class Method:
             a fixed share of them ("sparse"), or the layers of the agent's share ("layers").
         rule: What the scalars do: "descent" along the directions, by their "sign", with "momentum", by
             "adam", or "conservative" (there, back or nowhere, by the mean loss).
-        head: Whether a plan may ask for exact scalars of the last layer.
+        head: Of how many last linear layers a plan may ask exact scalars: of none, 1 or 2.
         fresh: Whether every perturbation is measured on a batch of its own (central differences only).
         scheduled: Constants that follow the schedule of the learning rate.
         nested: Whether boards may hold narrower nets of one family, each weight moving by the mean over the
@@ -42,7 +42,7 @@ class Method:
     curvature: bool = False
     directions: str = "full"
     rule: str = "descent"
-    head: bool = False
+    head: int = 0
     fresh: bool = False
     scheduled: tuple[str, ...] = ()
     nested: bool = False
@@ -106,7 +106,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 3,
                 MappingProxyType({"smoothing": 0.9, "head_rate": 1.0}),
                 "the last layer by exact scalars, the body by steps normalised by the RMS of its scalars",
-                head=True,
+                head=1,
                 fresh=True,
                 scheduled=("head_rate",),
             ),
@@ -195,7 +195,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 MappingProxyType({"layers": 2.0, "head_rate": 0.1}),
                 "backpropagation on the last layers, w -= eta/P sum G z elsewhere (arXiv 2402.11592); "
                 "needs torch",
-                head=True,
+                head=1,
                 scheduled=("head_rate",),
                 autodiff="gradient",
             ),
@@ -211,7 +211,16 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 17,
                 MappingProxyType({"smoothing": 0.9, "head_rate": 1.0, "shares": 8.0}),
                 "headstep, each agent along directions of its own: a round has shares times P of them",
-                head=True,
+                head=1,
+                fresh=True,
+                scheduled=("head_rate",),
+            ),
+            Method(
+                "deepstep",
+                18,
+                MappingProxyType({"smoothing": 0.9, "head_rate": 1.0}),
+                "headstep with exact scalars of the last two linear layers",
+                head=2,
                 fresh=True,
                 scheduled=("head_rate",),
             ),

@@ -29,7 +29,7 @@ from edge_agent.grid import (
     weighted_noise,
     whole_scalars,
 )
-from edge_agent.head import Span, chosen, flat_indices, head_size, outside
+from edge_agent.head import Span, chosen, flat_indices, head_size, outside, taking_part
 from edge_agent.moments import Clock, descend, follow
 from edge_agent.native.kernel import Learning, find_kernel
 from edge_agent.noise import NOISE_VERSION, NoiseKey, hash_words, mix64
@@ -65,6 +65,7 @@ class Replica:
             of the weights; None while no method asked for any.
         clock: How far the moments are from their start.
         layers: Where the tensors of each layer lie, in order.
+        hidden: As ``head``, of the linear layer before the last.
         stops: Where each width of a family of nets ends in the vector, this replica's own last: a narrower
             net of the family is the vector up to there. Empty for a net of no family.
     """
@@ -80,6 +81,7 @@ class Replica:
     moments: NDArray[np.float32] | None = None
     clock: Clock = field(default_factory=Clock)
     layers: tuple[tuple[Span, ...], ...] = ()
+    hidden: tuple[Span, ...] = ()
     stops: tuple[int, ...] = ()
     _mask: tuple[tuple[int, float], NDArray[np.uint16]] | None = None
 
@@ -141,12 +143,18 @@ class Replica:
             self._mask = (named, _sparse(self.weights.size, *named))
         return self._mask[1]
 
+    def exact_layers(self, plan: RoundPlan) -> list[tuple[Span, ...]]:
+        """Return which layers have exact scalars, each as its spans; each sends a part of them."""
+        method = method_by_code(plan.method)
+        last = method.named(plan.constants).get("layers")
+        if last is not None:
+            return [tuple(span for layer in self.layers[-int(last) :] for span in layer)]
+        layers = [layer for layer in (self.head, self.hidden)[: method.head] if layer]
+        return layers[: taking_part(plan.exact, [head_size(layer) for layer in layers])]
+
     def exact_spans(self, plan: RoundPlan) -> tuple[Span, ...]:
-        """Return which weights have exact scalars: the last layer, or as many as ``layers`` says."""
-        last = method_by_code(plan.method).named(plan.constants).get("layers")
-        if last is None:
-            return self.head
-        return tuple(span for layer in self.layers[-int(last) :] for span in layer)
+        """Return the spans of all weights that have exact scalars, layer by layer."""
+        return tuple(span for layer in self.exact_layers(plan) for span in layer)
 
     def reach(self, plan: RoundPlan) -> list[tuple[range, Sequence[Segment]]]:
         """Return which perturbations of a step move which part of the weights: numbers and segments.
@@ -167,7 +175,7 @@ class Replica:
                 )
                 for block in range(blocks)
             ]
-        body = outside(self.segments, self.exact_spans(plan)) if plan.exact else self.segments
+        body = outside(self.segments, sorted(self.exact_spans(plan))) if plan.exact else self.segments
         return [(plan.numbers(), body)]
 
     def _share(self, share: int, shares: int) -> list[Segment]:
@@ -325,7 +333,7 @@ def move_head(
     """
     rate = np.float32(method_by_code(plan.method).named(plan.constants)["head_rate"])
     spans = replica.exact_spans(plan)
-    places = chosen(plan, step, head_size(spans))
+    places = chosen(plan, step, [head_size(layer) for layer in replica.exact_layers(plan)])
     words = np.concatenate([rounding_words(plan.keys(step)[0], start, stop - start) for start, stop in spans])
     nudge(
         replica.weights,

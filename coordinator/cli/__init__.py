@@ -25,6 +25,7 @@ from coordinator.cli import (
     simulate,
     swarm,
     testbed,
+    tune,
     update,
 )
 from profiles.errors import ScalarfedError
@@ -54,6 +55,7 @@ app.command(name="enrol", epilog=enrol.EXAMPLE)(enrol.enrol)
 app.command(name="ctl", epilog=ctl.EXAMPLE)(ctl.ctl)
 app.command(name="doctor", epilog=doctor.EXAMPLE)(doctor.doctor)
 app.command(name="simulate", epilog=simulate.EXAMPLE)(simulate.simulate)
+app.command(name="tune", epilog=tune.EXAMPLE)(tune.tune)
 app.add_typer(log.app, name="log")
 app.command(name="replay", epilog=replay.EXAMPLE)(replay.replay)
 app.command(name="report", epilog=report.EXAMPLE)(report.report)
