@@ -18,6 +18,7 @@ from coordinator.status import read_status
 from coordinator.unveil import Veils
 from edge_agent.link import Connected, Link, Message
 from edge_agent.masked_wire import is_masked
+from edge_agent.replay import Replica
 from edge_agent.roster import pack_names
 from edge_agent.state import replica_bytes, save_replica
 from edge_agent.topics import Topics, shard_of
@@ -50,6 +51,7 @@ class Service:
         agents: Names of the fleet in the order of their numbers.
         bundle_identity: What the agents must have.
         masked: Whether only the sum of the replies is to be read.
+        narrower: Identities of the narrower bundles of a family, the narrowest first.
         privacy: What every agent does to its scalars: ``clip`` and ``noise``; None for nothing.
         shards: Topics over which the agents are spread.
         checkpoint: File for the replica as it is every few hundred rounds; it bounds what a late joiner, or
@@ -75,6 +77,7 @@ class Service:
         agents: Sequence[str],
         bundle_identity: str,
         masked: bool = False,
+        narrower: Sequence[str] = (),
         privacy: Mapping[str, float] | None = None,
         shards: int = 1,
         checkpoint: Path | None = None,
@@ -94,6 +97,7 @@ class Service:
         self._numbers = {name: number for number, name in enumerate(agents)}
         self._roster = pack_names(agents)
         self._bundle_identity = bundle_identity
+        self._identities = [*narrower, bundle_identity]
         self._privacy = privacy
         self._veils = Veils(topics.run, len(agents)) if masked else None
         if masked:
@@ -101,7 +105,9 @@ class Service:
         self._shards = shards
         self._checkpoint = checkpoint
         self._checkpoint_every = checkpoint_every
-        self._snapshot: tuple[int, bytes] | None = None  # the round before which it stands, and the message
+        self._snapshots: dict[
+            int, tuple[int, bytes]
+        ] = {}  # by level: the round it stands before, the message
         self._on_commit = on_commit
         self._on_idle = on_idle
         self._clock = clock
@@ -219,9 +225,19 @@ class Service:
         }
 
     @property
+    def replica(self) -> Replica:
+        """The coordinator's replica."""
+        return self._rounds.replica
+
+    @property
     def final_digest(self) -> int:
         """Digest of the coordinator's replica."""
         return self._rounds.replica.digest()
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """Which width of the family each agent holds, by number; all 0 without a family."""
+        return self._rounds.levels
 
     def bytes_seen(self) -> tuple[int, int]:
         """Return the bytes that came from and went to the broker so far."""
@@ -319,10 +335,14 @@ class Service:
                 save_replica(self._checkpoint, replica, bundle_identity=self._bundle_identity, run=run)
             except StateError as error:
                 self._tell("checkpoint failed", "", str(error), stranger=False)
-        if replica.weights.nbytes < MAX_MESSAGE:
-            state = replica_bytes(replica, bundle_identity=self._bundle_identity, run=run)
-            message = encode(Snapshot(self._rounds.epoch, state))
-            self._snapshot = (replica.round, message) if len(message) <= MAX_MESSAGE else None
+        for level, identity in enumerate(self._identities):
+            one = replica.at_level(level) if replica.stops else replica
+            if one.weights.nbytes < MAX_MESSAGE:
+                message = encode(
+                    Snapshot(self._rounds.epoch, replica_bytes(one, bundle_identity=identity, run=run))
+                )
+                if len(message) <= MAX_MESSAGE:
+                    self._snapshots[level] = (replica.round, message)
 
     def _tell(self, kind: str, name: str, text: str, *, stranger: bool) -> None:
         """Note an event for people: all of them at first, then ever fewer of what anybody can cause."""
@@ -449,11 +469,10 @@ class Service:
         if not self._may_have_slice(name, now):
             self._drop("requests too often", name)
             return
-        if self._snapshot is not None and message.first < self._snapshot[0]:
-            round_, snapshot = self._snapshot
-            if len(snapshot) < self._log.bytes_between(message.first, round_):
-                self._link.publish(self._topics.answer(name), snapshot)
-                return
+        round_, snapshot = self._snapshots.get(self._rounds.levels[self._numbers[name]], (0, b""))
+        if message.first < round_ and len(snapshot) < self._log.bytes_between(message.first, round_):
+            self._link.publish(self._topics.answer(name), snapshot)
+            return
         records: list[RoundRecord] = []
         size = 0
         for record in self._log.records(message.first, message.first + _SLICE_RECORDS):
