@@ -3,12 +3,15 @@
 Knows bundles and samples. Does not know when it is asked.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 from edge_agent.bundle import Bundle
 from edge_agent.data import Samples, to_inputs
 from edge_agent.forward import Forward
 from edge_agent.replay import Replica
 
-__all__ = ["Evaluator", "evaluate"]
+__all__ = ["Evaluator", "evaluate", "judge_widths"]
 
 _BATCH = 256
 
@@ -48,3 +51,29 @@ def evaluate(forward: Forward, samples: Samples) -> tuple[float, float]:
         losses += loss * len(batch)
         right += correct
     return losses / len(samples), right / len(samples)
+
+
+def judge_widths(
+    bundles: Sequence[Bundle], replica: Replica, levels: Sequence[int], test: Samples
+) -> list[dict[str, Any]]:
+    """Return what each width of a family is and can: parameters, FLOPs, agents that hold it, accuracy.
+
+    Args:
+        bundles: The narrowest first.
+        replica: The widest one's.
+        levels: By agent number, the index of its bundle.
+        test: Samples that no agent has.
+    """
+    judged = []
+    for level, bundle in enumerate(bundles):
+        loss, accuracy = evaluate(Forward(bundle, replica.at_level(level).weights), test)
+        judged.append(
+            {
+                "params": bundle.params,
+                "forward_flops": bundle.cost["forward_flops"],
+                "agents": list(levels).count(level),
+                "test_loss": loss,
+                "test_accuracy": accuracy,
+            }
+        )
+    return judged

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from coordinator.aggregation import RULES
-from coordinator.schema import Choice, CountOrAll, Number, Text, Whole, Wholes
+from coordinator.schema import Choice, CountOrAll, Fractions, Number, Text, Whole, Wholes
 from edge_agent.optimizer import METHODS
 from profiles.budget import Budget
 
@@ -77,11 +77,13 @@ class Pruning:
         density: The fraction of the parameters that stays.
         draws: Redrawn nets per schedule step.
         schedule_steps: Steps in which the density falls.
+        widths: Fractions of every layer's width, of further nets that are trained with the pruned one and
+            share its weights: every board gets the widest that its memory holds.
     """
 
     method: Annotated[
         str, Choice(("ntk", "synflow", "snip", "grasp", "magnitude", "erk", "random", "uniform", "none"))
-    ] = "ntk"
+    ] = "uniform"
     density: Annotated[
         float,
         Number(
@@ -90,6 +92,7 @@ class Pruning:
     ] = 0.5
     draws: Annotated[int, Whole(1, 1000)] = 5
     schedule_steps: Annotated[int, Whole(1, 1000)] = 20
+    widths: Annotated[tuple[float, ...], Fractions(remedy="For example `widths = [0.25, 0.5, 0.75]`.")] = ()
 
 
 @dataclass(frozen=True)
@@ -245,11 +248,13 @@ class Privacy:
         clip: Largest Euclidean length of an agent's vector of scalars; 0 for no such bound.
         noise: Standard deviation of the secret Gaussian noise that an agent adds to each scalar, in clips.
         delta: For the epsilon in the report.
+        masks: ``pairwise`` hides each reply among those of its cohort; the coordinator reads their sum alone.
     """
 
     clip: Annotated[float, Number(least=0, remedy="A length that most replies have is a good start.")] = 0.0
     noise: Annotated[float, Number(least=0, most=1e6, remedy="1 is a lot for a single agent.")] = 0.0
     delta: Annotated[float, Number(above=0, most=0.1, remedy="1e-5 is usual.")] = 1e-5
+    masks: Annotated[str, Choice(("none", "pairwise"))] = "none"
 
 
 @dataclass(frozen=True)

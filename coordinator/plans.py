@@ -120,6 +120,8 @@ def plan_of(experiment: Experiment, bundle: Bundle, round_: int) -> RoundPlan:
         name: value * (factor if name in method.scheduled else 1.0)
         for name, value in settings.constants.items()
     }
+    if method.nested:
+        constants["levels"] = max(1, len(bundle.stops))
     return RoundPlan(
         round=round_,
         seed=experiment.seed,

@@ -12,7 +12,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from coordinator.log_schema import SCHEMA_VERSION, create, migrate
+from edge_agent.plan import RoundPlan
 from edge_agent.wire import Reply, RoundRecord, decode_record, encode_record
 from profiles.errors import DigestError, LogError, WireError
 
@@ -279,6 +283,22 @@ class ScalarLog:
     def replies_of(self, agent: str) -> int:
         """Return how many replies of an agent came, late ones and failed ones too."""
         return self._count("SELECT COUNT(*) FROM replies WHERE agent = ?", agent)
+
+    def explorations(self) -> dict[str, list[tuple[RoundPlan, NDArray[np.float32]]]]:
+        """Return for each agent the plan of every round and its own scalars; zeros where it sent none."""
+        query = "SELECT round, scalars FROM replies WHERE agent = ? AND LENGTH(scalars) > 0 ORDER BY round"
+        plans = [record.plan for record in self.records()]
+        found = {}
+        for row in self.fleet():
+            sent = {
+                number: np.frombuffer(data, "<f4") for number, data in self._db.execute(query, (row.name,))
+            }
+            shapes = [(plan, (plan.steps, plan.scalars)) for plan in plans]
+            found[row.name] = [
+                (plan, sent.get(plan.round, np.zeros(shape, np.float32)).reshape(shape))
+                for plan, shape in shapes
+            ]
+        return found
 
     def answered_at_once(self, start: int = 0) -> int:
         """Return how many replies from round ``start`` on were counted without a second announcement."""

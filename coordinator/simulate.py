@@ -18,16 +18,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from coordinator.actions import Action, Announce, Commit
 from coordinator.answers import Answers, RolledBack
 from coordinator.config import dump
-from coordinator.evaluation import Evaluator
+from coordinator.evaluation import Evaluator, judge_widths
 from coordinator.experiment import Experiment
+from coordinator.family import deal_levels, read_family
 from coordinator.health import Health
 from coordinator.partition import partition
 from coordinator.plans import CHANGED, Plans
 from coordinator.progress import Observer, Standing
 from coordinator.rebuild import rebuild
-from coordinator.rounds import Action, Announce, Commit, Rounds
+from coordinator.rounds import Rounds
 from coordinator.scalar_log import ScalarLog
 from coordinator.testbed import make_bundle, read_samples, rounds_of
 from edge_agent.bundle import Bundle
@@ -103,6 +105,10 @@ def _simulate(experiment: Experiment, folder: Path, observer: Observer) -> dict[
     train, test = read_samples(experiment)
     parts = deal(experiment, train)
     bundle = make_bundle(experiment, folder / "bundle", train, observer)
+    family = None
+    if bundle.stops:
+        slices = {a.name: train.pick(part) for a, part in zip(experiment.agents, parts, strict=True)}
+        family = deal_levels(experiment, read_family(bundle.folder), slices)
     (folder / "experiment.toml").write_text(dump(experiment), encoding="utf-8")
     meta = {"bundle": bundle.identity, "name": experiment.name, "rounds": str(experiment.rounds)}
     names = [agent.name for agent in experiment.agents]
@@ -116,7 +122,13 @@ def _simulate(experiment: Experiment, folder: Path, observer: Observer) -> dict[
             plans = Plans(experiment, bundle, log.texts_of(CHANGED))
             recent = list(log.records(max(0, replica.round - 4)))
             rounds = rounds_of(
-                experiment, bundle, replica, epoch=log.next_epoch(), recent=recent, plans=plans
+                experiment,
+                bundle,
+                replica,
+                epoch=log.next_epoch(),
+                recent=recent,
+                plans=plans,
+                levels=levels,
             )
             watch = _Watch(experiment, log, observer, names, Evaluator(bundle, replica, test), plans, spent)
             if replica.round == 0:
@@ -126,12 +138,14 @@ def _simulate(experiment: Experiment, folder: Path, observer: Observer) -> dict[
                 bundle,
                 train,
                 parts,
+                narrower=narrower,
                 on_commit=lambda action: watch.on_commit(action, replica),
                 spent=spent,
                 privacy=privacy,
             )
             return replica
 
+        narrower, levels = (family.bundles[:-1], family.levels) if family is not None else ((), ())
         asked = experiment.privacy
         privacy = Privacy(asked.clip, asked.noise) if asked.clip else None
         while True:
@@ -158,6 +172,8 @@ def _simulate(experiment: Experiment, folder: Path, observer: Observer) -> dict[
             "bundle": bundle.identity,
             "seed": experiment.seed,
         }
+        if family is not None:
+            summary["widths"] = judge_widths(family.bundles, replica, levels, test)
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     return summary
 
@@ -226,6 +242,7 @@ def play(
     train: Samples,
     parts: Sequence[NDArray[np.int64]],
     *,
+    narrower: Sequence[Bundle] = (),
     on_commit: Callable[[Commit], None],
     spent: Spending,
     stop: Callable[[], bool] = lambda: False,
@@ -238,13 +255,15 @@ def play(
         bundle: What is trained.
         train: All samples.
         parts: For each agent the indices of its own.
+        narrower: Of a nested family, the other bundles, the narrowest first.
         on_commit: Called with every record, in order.
         spent: Counts what the agents would have spent.
         stop: Asked after every record; True ends the simulation.
         privacy: What the agents do to their replies; its noise differs every time.
     """
     replica = rounds.replica
-    forward: Forward | TorchForward | None = None
+    views = [*(replica.at_level(level) for level in range(len(narrower))), replica]
+    forwards: list[Forward | TorchForward] = []
     pending: deque[Action] = deque(rounds.start(0.0))
     while pending:
         action = pending.popleft()
@@ -254,11 +273,14 @@ def play(
                 return
         elif isinstance(action, Announce) and not action.message.closing:
             opened, size = action.message, len(encode(action.message))
-            digest = replica.digest()
-            forward = forward or forward_for(bundle, replica, opened.plan)
+            digests = [view.digest() for view in views]
+            held = zip([*narrower, bundle], views, strict=True)
+            forwards = forwards or [forward_for(one, view, opened.plan) for one, view in held]
             for number in range(len(parts)):
                 if number in opened.cohort:
-                    reply = _reply(forward, train, parts[number], opened, number, digest, rounds, spent)
+                    level = rounds.levels[number] if narrower else 0
+                    seen = forwards[level], views[level], digests[level]
+                    reply = _reply(*seen, train, parts[number], opened, number, spent)
                     if privacy is not None:
                         scalars = privatise(reply.scalars, privacy, os.urandom)
                         reply = replace(reply, scalars=scalars, loss=0.0)
@@ -268,12 +290,12 @@ def play(
 
 def _reply(
     forward: "Forward | TorchForward",
+    replica: Replica,
+    digest: int,
     train: Samples,
     part: NDArray[np.int64],
     opened: RoundOpen,
     number: int,
-    digest: int,
-    rounds: Rounds,
     spent: Spending,
 ) -> Reply:
     """Return what an agent answers, after its way through the bytes of the wire."""
@@ -287,7 +309,7 @@ def _reply(
         digest=digest,
     )
     try:
-        made = measure(forward, train, rounds.replica, opened, number, own=part)
+        made = measure(forward, train, replica, opened, number, own=part)
         reply = replace(reply, loss=made.loss, scalars=made.scalars.reshape(-1))
         spent.forwards += made.forwards
     except EstimateError:

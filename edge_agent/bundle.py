@@ -82,6 +82,8 @@ class Bundle:
         hidden: The same of the linear layer before the last, and ``hidden_gradient``.
         variants: Names of further graphs that compute the same with operators of the compiled kernel.
         identity: SHA-256 of the manifest, hexadecimal: names the bundle.
+        stops: Where each width of a family of nets ends in the flat vector; empty without a family.
+        family: Identity of the family's widest bundle, which names the run's; empty for that one itself.
     """
 
     folder: Path
@@ -97,6 +99,8 @@ class Bundle:
     hidden: tuple[str, ...]
     variants: tuple[str, ...]
     identity: str
+    stops: tuple[int, ...] = ()
+    family: str = ""
 
     @property
     def params(self) -> int:
@@ -127,6 +131,7 @@ class Bundle:
             self.segments,
             tensors=tuple(spans.values()),
             head=tuple(spans[name] for name in self.head),
+            stops=self.stops,
             hidden=tuple(spans[name] for name in self.hidden),
             layers=tuple(tuple(spans[tensor.name] for tensor in layer) for layer in self.layers),
         )
@@ -165,6 +170,8 @@ def write_bundle(
     head: Sequence[str] = (),
     hidden: Sequence[str] = (),
     variants: Mapping[str, bytes] | None = None,
+    stops: Sequence[int] = (),
+    family: str = "",
 ) -> Bundle:
     """Write a bundle folder; the weights are moved to the nearest points of their grids.
 
@@ -182,6 +189,8 @@ def write_bundle(
             output ``head_gradient``: their gradient, row by row and one tensor after the other.
         hidden: The same of the layer before, whose gradient is the output ``hidden_gradient``.
         variants: ONNX files by name that compute the same with operators of the compiled kernel.
+        stops: As in :class:`Bundle`, and so is the following.
+        family: Identity of the widest bundle.
 
     Raises:
         BundleError: A weight is not finite.
@@ -211,6 +220,8 @@ def write_bundle(
         "variants": list(variants or ()),
         "files": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
     }
+    if stops:
+        manifest |= {"stops": list(stops), "family": family}
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
         (folder / name).write_bytes(data)
@@ -248,6 +259,8 @@ def read_bundle(folder: Path) -> Bundle:
             hidden=tuple(manifest.get("hidden", ())),
             variants=tuple(manifest.get("variants", ())),
             identity=hashlib.sha256(raw).hexdigest(),
+            stops=tuple(manifest.get("stops", ())),
+            family=manifest.get("family", ""),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BundleError(f"{folder} is not a whole bundle: {type(error).__name__}: {error}") from None

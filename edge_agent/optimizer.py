@@ -31,6 +31,8 @@ class Method:
         head: Of how many last linear layers a plan may ask exact scalars: of none, 1 or 2.
         fresh: Whether every perturbation is measured on a batch of its own (central differences only).
         scheduled: Constants that follow the schedule of the learning rate.
+        nested: Whether boards may hold narrower nets of one family, each weight moving by the mean over the
+            agents that hold it; the constant ``levels`` counts the widths.
         autodiff: What torch computes on the board: nothing (""), the slope along a direction in forward mode
             ("slope"), or the gradient of the last layers in reverse mode ("gradient").
     """
@@ -45,6 +47,7 @@ class Method:
     head: int = 0
     fresh: bool = False
     scheduled: tuple[str, ...] = ()
+    nested: bool = False
     autodiff: str = ""
     candidates: tuple[float, ...] = ()
     reuse: bool = False
@@ -72,6 +75,11 @@ class Method:
     def values(self, given: Mapping[str, float]) -> tuple[float, ...]:
         """Return the constants in a record's order, the given ones over the defaults."""
         return tuple(float(given.get(name, default)) for name, default in self.constants.items())
+
+    def levels(self, values: tuple[float, ...]) -> int:
+        """Return how many widths a family has; 1 where all boards hold the same net, 0 for no number."""
+        count = self.named(values)["levels"] if self.nested else 1.0
+        return int(count) if count in range(1, 256) else 0
 
     def named(self, values: tuple[float, ...]) -> dict[str, float]:
         """Return a record's constants by name."""
@@ -197,6 +205,13 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 autodiff="gradient",
             ),
             Method(
+                "nested",
+                18,
+                MappingProxyType({"levels": 1.0, "smoothing": 0.9}),
+                "boards hold nested widths of one net; a weight moves by the mean over those that hold it",
+                nested=True,
+            ),
+            Method(
                 "fanstep",
                 17,
                 MappingProxyType({"smoothing": 0.9, "head_rate": 1.0, "shares": 8.0}),
@@ -229,7 +244,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             ),
             Method(
                 "deepstep",
-                18,
+                22,
                 MappingProxyType({"smoothing": 0.9, "head_rate": 1.0}),
                 "headstep with exact scalars of the last two linear layers",
                 head=2,

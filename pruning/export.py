@@ -25,7 +25,7 @@ from pruning.exact import LinearLayer, WithLoss, find_last_layers
 from pruning.fuse import BLOCKS, block, fuse
 from pruning.weights import derive_seed
 
-__all__ = ["TOLERANCE", "Exported", "export_bundle", "export_graph", "write_exported"]
+__all__ = ["TOLERANCE", "Exported", "export_bundle", "export_graph", "graph_variants", "write_exported"]
 
 TOLERANCE = 1e-5
 """Largest difference allowed between torch and ONNX Runtime, relative to the largest logit."""
@@ -158,11 +158,11 @@ def write_exported(
         pruning=pruning,
         head=exported.head,
         hidden=exported.hidden,
-        variants=_variants(exported.graph),
+        variants=graph_variants(exported.graph),
     )
 
 
-def _variants(graph: bytes) -> dict[str, bytes]:
+def graph_variants(graph: bytes) -> dict[str, bytes]:
     """Return the graph's variants by the names under which :mod:`edge_agent.forward` looks for them."""
     fused = fuse(graph)
     if fused is None:
