@@ -26,11 +26,11 @@ from typing import Any
 import numpy as np
 import tomli_w
 
+from coordinator.actions import Commit
 from coordinator.config import load_experiment
 from coordinator.evaluation import Evaluator
 from coordinator.experiment import Experiment
 from coordinator.progress import Silence
-from coordinator.rounds import Commit
 from coordinator.simulate import Spending, deal, play
 from coordinator.testbed import make_bundle, rounds_of
 from edge_agent.data import Samples, load_samples

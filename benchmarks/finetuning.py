@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from coordinator.actions import Commit
 from coordinator.config import load_experiment
 from coordinator.evaluation import Evaluator
-from coordinator.rounds import Commit
 from coordinator.simulate import Spending, deal, play
 from coordinator.testbed import rounds_of
 from edge_agent.bundle import Bundle

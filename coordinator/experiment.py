@@ -248,11 +248,13 @@ class Privacy:
         clip: Largest Euclidean length of an agent's vector of scalars; 0 for no such bound.
         noise: Standard deviation of the secret Gaussian noise that an agent adds to each scalar, in clips.
         delta: For the epsilon in the report.
+        masks: ``pairwise`` hides each reply among those of its cohort; the coordinator reads their sum alone.
     """
 
     clip: Annotated[float, Number(least=0, remedy="A length that most replies have is a good start.")] = 0.0
     noise: Annotated[float, Number(least=0, most=1e6, remedy="1 is a lot for a single agent.")] = 0.0
     delta: Annotated[float, Number(above=0, most=0.1, remedy="1e-5 is usual.")] = 1e-5
+    masks: Annotated[str, Choice(("none", "pairwise"))] = "none"
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,7 @@ def serve_run(
             rounds=rounds,
             agents=[agent.name for agent in experiment.agents],
             bundle_identity=bundle.identity,
+            masked=experiment.privacy.masks != "none",
             narrower=[one.identity for one in read_family(bundle.folder)[:-1]],
             privacy=privacy_of(experiment),
             checkpoint=run / CHECKPOINT,

@@ -11,10 +11,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from coordinator.rounds import Action, Announce, Commit, Late, Rounds
+from coordinator.actions import Action, Announce, Commit, Late, Uncover
+from coordinator.rounds import Rounds
 from coordinator.scalar_log import ScalarLog
 from coordinator.status import read_status
+from coordinator.unveil import Veils
 from edge_agent.link import Connected, Link, Message
+from edge_agent.masked_wire import is_masked
 from edge_agent.replay import Replica
 from edge_agent.roster import pack_names
 from edge_agent.state import replica_bytes, save_replica
@@ -47,6 +50,7 @@ class Service:
         rounds: The state machine, not yet started.
         agents: Names of the fleet in the order of their numbers.
         bundle_identity: What the agents must have.
+        masked: Whether only the sum of the replies is to be read.
         narrower: Identities of the narrower bundles of a family, the narrowest first.
         privacy: What every agent does to its scalars: ``clip`` and ``noise``; None for nothing.
         shards: Topics over which the agents are spread.
@@ -72,6 +76,7 @@ class Service:
         rounds: Rounds,
         agents: Sequence[str],
         bundle_identity: str,
+        masked: bool = False,
         narrower: Sequence[str] = (),
         privacy: Mapping[str, float] | None = None,
         shards: int = 1,
@@ -94,6 +99,9 @@ class Service:
         self._bundle_identity = bundle_identity
         self._identities = [*narrower, bundle_identity]
         self._privacy = privacy
+        self._veils = Veils(topics.run, len(agents)) if masked else None
+        if masked:
+            rounds.unready = set(range(len(agents)))
         self._shards = shards
         self._checkpoint = checkpoint
         self._checkpoint_every = checkpoint_every
@@ -247,6 +255,7 @@ class Service:
             "agents": self._roster,
             "shards": self._shards,
             **({} if self._privacy is None else {"privacy": dict(self._privacy)}),
+            **({} if self._veils is None else {"keys": self._veils.keys()}),
         }
         self._say(self._topics.control, json.dumps(control).encode())
 
@@ -282,11 +291,17 @@ class Service:
             if isinstance(action, Commit):
                 self._commit(action)
             elif isinstance(action, Announce):
+                if self._veils is not None:
+                    self._veils.open(action.message)
                 payload = encode(action.message)
                 for shard in range(self._shards):
                     self._say(self._topics.round(shard), payload)
             elif isinstance(action, Late):
                 self._late.append((self._agents[action.agent], action.reply, time.time()))
+            elif isinstance(action, Uncover):
+                if self._veils is not None:
+                    for number, request in self._veils.requests(action.survivors).items():
+                        self._link.publish(self._topics.answer(self._agents[number]), request)
             else:
                 name = "" if action.agent is None else self._agents[action.agent]
                 self._tell(action.kind, name, action.text, stranger=action.kind == "refused")
@@ -392,6 +407,10 @@ class Service:
         self._count_traffic(name, status)
         if self._rounds.ledger is not None:
             self._rounds.ledger.note_status(number, status, now=now)
+        if self._veils is not None and self._veils.learn(number, status.get("key", "")):
+            self._rounds.unready.discard(number)
+            self._publish_control()
+            self._act(self._rounds.ask_anew(number, now))
         online = state != "offline"
         self._act(self._rounds.on_presence(number, online=online, hello=hello, now=now))
 
@@ -402,7 +421,29 @@ class Service:
             processes.add(pid)
             self.traffic[name, pid] = {**status["traffic"], "rounds": status.get("estimates", 0)}
 
+    def _on_masked(self, veils: Veils, number: int, payload: bytes, now: float) -> None:
+        """Take in a masked reply, or what undoes the masks of a round."""
+        try:
+            reply = veils.take(number, payload)
+        except WireError as error:
+            self._drop("undecodable reply", self._agents[number], str(error))
+            return
+        if reply is not None:
+            self._act(self._rounds.on_reply(number, reply, now))
+            return
+        try:
+            found = veils.total()
+        except ValueError as error:
+            self._tell("masks", "", str(error), stranger=False)
+            self._act(self._rounds.on_sum(veils.round, None, now))
+            return
+        if found is not None:
+            self._act(self._rounds.on_sum(veils.round, found, now))
+
     def _on_reply(self, number: int, payload: bytes, now: float) -> None:
+        if self._veils is not None and is_masked(payload):
+            self._on_masked(self._veils, number, payload, now)
+            return
         try:
             message = decode(payload)
         except WireError as error:
@@ -410,6 +451,9 @@ class Service:
             return
         if not isinstance(message, Reply):
             self._drop("not a reply", self._agents[number])
+            return
+        if self._veils is not None and not message.failed:
+            self._drop("not masked", self._agents[number])
             return
         self._act(self._rounds.on_reply(number, message, now))
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from coordinator.actions import Action, Announce, Commit
 from coordinator.answers import Answers, RolledBack
 from coordinator.config import dump
 from coordinator.evaluation import Evaluator, judge_widths
@@ -28,7 +29,7 @@ from coordinator.partition import partition
 from coordinator.plans import CHANGED, Plans
 from coordinator.progress import Observer, Standing
 from coordinator.rebuild import rebuild
-from coordinator.rounds import Action, Announce, Commit, Rounds
+from coordinator.rounds import Rounds
 from coordinator.scalar_log import ScalarLog
 from coordinator.testbed import make_bundle, read_samples, rounds_of
 from edge_agent.bundle import Bundle

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from coordinator.actions import Terms
 from coordinator.answers import Answers, RolledBack
 from coordinator.broker import Broker, open_broker
 from coordinator.config import dump, load_experiment
@@ -35,7 +36,7 @@ from coordinator.progress import Observer, Standing
 from coordinator.rebuild import CHECKPOINT, resume_replica
 from coordinator.reference import Reference
 from coordinator.report import write_report
-from coordinator.rounds import Rounds, Terms
+from coordinator.rounds import Rounds
 from coordinator.scalar_log import ScalarLog
 from coordinator.service import Service
 from coordinator.summary import write_summary
@@ -331,6 +332,7 @@ def _terms(experiment: Experiment, plans: Plans) -> Terms:
         rule=fleet.aggregation,
         liars=fleet.liars,
         private=experiment.privacy.clip > 0,
+        masked=experiment.privacy.masks != "none",
     )
 
 
@@ -426,6 +428,7 @@ def _train(
             rounds=rounds,
             agents=[agent.name for agent in experiment.agents],
             bundle_identity=bundle.identity,
+            masked=experiment.privacy.masks != "none",
             narrower=[one.identity for one in family[:-1]],
             privacy=privacy_of(experiment),
             checkpoint=out / CHECKPOINT,

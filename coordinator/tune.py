@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
+from coordinator.actions import Commit
 from coordinator.config import dump, with_settings
 from coordinator.evaluation import Evaluator
 from coordinator.experiment import Experiment
 from coordinator.progress import Observer
-from coordinator.rounds import Commit
 from coordinator.simulate import Spending, deal, play
 from coordinator.testbed import make_bundle, read_samples, refuse_unmeasurable, rounds_of
 from edge_agent.bundle import Bundle, read_bundle

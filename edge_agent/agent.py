@@ -100,6 +100,16 @@ class Agent:
         self._followed_epoch = 0  # the epoch whose log took the replica to where it is
 
     @property
+    def opened(self) -> RoundOpen | None:
+        """The round that was announced last."""
+        return self._open
+
+    @property
+    def number(self) -> int | None:
+        """The agent's number in the fleet, once the control message told."""
+        return self._number
+
+    @property
     def epoch(self) -> int:
         """The highest epoch heard of."""
         return self._epoch

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from coordinator.cli import (
+    bench,
     ctl,
     devices,
     doctor,
@@ -62,6 +63,7 @@ app.command(name="report", epilog=report.EXAMPLE)(report.report)
 app.command(name="prune", epilog=prune.EXAMPLE)(prune.prune)
 app.add_typer(profile.app, name="profile")
 app.command(name="fit", epilog=fit.EXAMPLE)(fit.fit)
+app.add_typer(bench.app, name="bench")
 app.command(name="swarm", epilog=swarm.EXAMPLE)(swarm.swarm)
 
 
