@@ -206,7 +206,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             ),
             Method(
                 "nested",
-                18,
+                20,
                 MappingProxyType({"levels": 1.0, "smoothing": 0.9}),
                 "boards hold nested widths of one net; a weight moves by the mean over those that hold it",
                 nested=True,

@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 __all__ = ["Cost", "graph_cost"]
 
 _BATCHES = (1, 32)
-# The gradient of the last layer, which is made in a forward pass where a method asks for it: about once more
-# the last layer's multiply-adds, and not counted.
-_BESIDE = "head_gradient"
+# The gradients of the last layers, which are made in a forward pass where a method asks for them: about once
+# more these layers' multiply-adds, and not counted.
+_BESIDE = ("hidden_gradient", "head_gradient")
 
 # Outputs of these are other names for their first input.
 _VIEWS = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Dropout"})
@@ -142,7 +142,8 @@ def _with_batch(model: onnx.ModelProto, data: Sequence[str], batch: int) -> onnx
 
     fixed = onnx.ModelProto()
     fixed.CopyFrom(model)
-    _drop_output(fixed.graph, _BESIDE)
+    for output in _BESIDE:
+        _drop_output(fixed.graph, output)
     del fixed.graph.value_info[:]
     for entry in fixed.graph.output:
         entry.type.tensor_type.ClearField("shape")
