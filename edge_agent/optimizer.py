@@ -237,14 +237,14 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             ),
             Method(
                 "zo-orthogonal",
-                20,
+                22,
                 MappingProxyType({"smoothing": 0.0}),
                 "the gradient's projection on the span of a round's directions, by their exact Gram matrix",
                 rule="orthogonal",
             ),
             Method(
                 "deepstep",
-                22,
+                18,
                 MappingProxyType({"smoothing": 0.9, "head_rate": 1.0}),
                 "headstep with exact scalars of the last two linear layers",
                 head=2,
