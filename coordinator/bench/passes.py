@@ -74,7 +74,7 @@ def measure_passes(*, size: int, seconds: float, say: Callable[[str], None]) -> 
     for name, curvature in (("", None), ("_curved", np.full(size, 0x3F80, np.uint16))):
         say(f"timing a pass, a perturbation and a replay of {_PERTURBATIONS}{name.replace('_', ', ')}")
         times = medians(_works(weights, segments, curvature), seconds=seconds)
-        seconds_of = {f"{work}{name}_s": round(time_s, 6) for work, time_s in times.items()}
+        seconds_of = {f"{work}{name}_s": round(time_s, 9) for work, time_s in times.items()}
         found[f"perturb{name}_over_memory_pass"] = round(times["perturb"] / times["pass"], 3)
         found[f"replay{_PERTURBATIONS}{name}_over_memory_pass"] = round(times["replay"] / times["pass"], 3)
         found |= seconds_of
