@@ -34,7 +34,7 @@ SEED := 7
 ROUNDS := 200
 FAULTS := 60
 chaos: $(READY)  ## run six agents among faults: make chaos SEED=7 ROUNDS=200 FAULTS=60
-	@PYTHONPATH=. $(BIN)/python benchmarks/chaos.py --seed $(SEED) --rounds $(ROUNDS) --faults $(FAULTS)
+	@PYTHONPATH=. $(BIN)/python -m benchmarks.chaos --seed $(SEED) --rounds $(ROUNDS) --faults $(FAULTS)
 
 lint: $(READY)  ## check style and types
 	@$(BIN)/ruff check .

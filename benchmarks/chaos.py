@@ -1,6 +1,6 @@
 """A run among faults: processes are killed, links cut, messages repeated, late and out of order.
 
-    python benchmarks/chaos.py --seed 7 --rounds 200 --faults 60
+    python -m benchmarks.chaos --seed 7 --rounds 200 --faults 60
 
 Six agent processes and a coordinator process talk through a faulty proxy to a real mosquitto. The same run
 without faults comes first; the last line is a JSON object with both digests. With quorum = all no round may
@@ -23,8 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fault_proxy import FaultProxy
-
+from benchmarks.fault_proxy import FaultProxy
 from coordinator.broker import Broker, find_mosquitto, start_mosquitto
 from coordinator.config import load_experiment
 from coordinator.experiment import Experiment

@@ -6,14 +6,15 @@ Knows replies as rows of numbers. Does not know rounds, nor who is suspected (``
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_agent.plan import RoundPlan
 from edge_agent.wire import Reply
 
-__all__ = ["RULES", "aggregate", "mean_loss", "tolerated"]
+__all__ = ["RULES", "aggregate", "aggregate_levels", "aggregate_shares", "mean_loss", "tolerated"]
 
 _Matrix = NDArray[np.float64]
 
@@ -35,6 +36,54 @@ def aggregate(replies: Mapping[int, Reply], *, rule: str = "mean", liars: float 
     rows = np.stack([replies[number].scalars for number in order]).astype(np.float64)
     samples = np.array([replies[number].samples for number in order], np.float64)
     return RULES[rule](rows, samples, tolerated(len(order), liars)).astype(np.float32)
+
+
+def aggregate_levels(
+    replies: Mapping[int, Reply], levels: Sequence[int], plan: RoundPlan, *, rule: str, liars: float
+) -> NDArray[np.float32]:
+    """Return a record's scalars: float32 of shape (K, ``plan.scalars``).
+
+    Args:
+        replies: As for :func:`aggregate_shares`.
+        levels: By agent number, which width of a family it holds; the scalars of a level are taken over the
+            agents that hold it or a wider one, and are 0 where nobody does.
+        plan: Of the round.
+        rule: As for :func:`aggregate`.
+        liars: As for :func:`aggregate`.
+    """
+    parts = np.zeros((plan.levels, plan.steps, plan.scalars // plan.levels), np.float32)
+    for level, part in enumerate(parts):
+        holders = {agent: reply for agent, reply in replies.items() if levels[agent] >= level}
+        if holders:
+            part[...] = aggregate_shares(holders, plan, rule=rule, liars=liars).reshape(part.shape)
+    return np.concatenate(list(parts), axis=1)
+
+
+def aggregate_shares(
+    replies: Mapping[int, Reply], plan: RoundPlan, *, rule: str = "mean", liars: float = 0.2
+) -> NDArray[np.float32]:
+    """Return a record's scalars: as :func:`aggregate`, the projected gradients share by share.
+
+    Args:
+        replies: By agent number; at least one, none failed.
+        plan: Of the round; deals the agents into shares. A share without a reply stays zero.
+        rule: As for :func:`aggregate`.
+        liars: As for :func:`aggregate`.
+
+    Returns:
+        Float32 of shape (K * ``plan.scalars``,), of one level where there are several.
+    """
+    every = aggregate(replies, rule=rule, liars=liars)
+    if plan.shares == 1:
+        return every
+    record = np.zeros((plan.steps, plan.scalars), np.float32)
+    record[:, plan.projected :] = every.reshape(plan.steps, -1)[:, plan.perturbations :]
+    for share in range(plan.shares):
+        own = {number: reply for number, reply in replies.items() if plan.share_of(number) == share}
+        if own:
+            found = aggregate(own, rule=rule, liars=liars).reshape(plan.steps, -1)
+            record[:, plan.numbers(share)] = found[:, : plan.perturbations]
+    return record.reshape(-1)
 
 
 def tolerated(agents: int, liars: float) -> int:

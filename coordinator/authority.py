@@ -13,7 +13,6 @@ import shutil
 import socket
 import sqlite3
 import ssl
-import stat
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -34,6 +33,7 @@ from coordinator.certificates import (
     public_pem,
     read_request,
 )
+from edge_agent.credentials import refuse_shared, write_secret
 from edge_agent.topics import is_name
 from profiles.errors import SecurityError
 
@@ -41,13 +41,13 @@ if TYPE_CHECKING:
     from cryptography import x509
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey
 
-__all__ = ["COORDINATOR", "OBSERVER", "Authority", "Identity", "Issued", "default_folder", "own_addresses"]
+__all__ = ["COORDINATOR", "OPERATOR", "Authority", "Identity", "Issued", "default_folder", "own_addresses"]
 
 COORDINATOR = "scalarfed:coordinator"
 """Common name of the coordinator; no device can be called so, for a colon is in no name."""
 
-OBSERVER = "scalarfed:observer"
-"""Common name of tools that only look on."""
+OPERATOR = "scalarfed:operator"
+"""Common name of tools that look on, and send commands to boards."""
 
 _SERVER = "scalarfed:server"
 _LIFETIME = timedelta(days=2 * 365)
@@ -57,7 +57,7 @@ CREATE TABLE certificates (
 CREATE TABLE tokens (
     hash TEXT PRIMARY KEY, name TEXT NOT NULL, expires REAL NOT NULL, key_sha256 TEXT, certificate BLOB);
 CREATE TABLE numbers (name TEXT PRIMARY KEY, value INTEGER NOT NULL);
-INSERT INTO numbers VALUES ('list', 0), ('said', 0);
+INSERT INTO numbers VALUES ('list', 0), ('applied', 0), ('said', 0);
 """
 
 
@@ -130,7 +130,7 @@ class Authority:
                 hint="`scalarfed enrol` makes one; or name the right folder with --authority.",
             )
         for path in (folder, *(folder / name for name in ("ca.key", "signing.key", "authority.sqlite"))):
-            _refuse_shared(path)
+            refuse_shared(path)
 
     @classmethod
     def create(cls, folder: Path, *, clock: Callable[[], float] = time.time) -> "Authority":
@@ -186,23 +186,37 @@ class Authority:
 
         return Ed25519PrivateKey.from_private_bytes((self.folder / "signing.key").read_bytes()).sign
 
-    def take_number(self) -> int:
-        """Return a number above all that were taken, in other processes too; roughly milliseconds."""
+    def take_numbers(self, count: int) -> range:
+        """Return numbers that nobody had before, above all that were taken in any process.
+
+        They begin at the time in milliseconds, so that they rise even if an older copy of the folder is used.
+        """
         with self._database() as database:
             (last,) = database.execute("SELECT value FROM numbers WHERE name = 'said'").fetchone()
-            number = max(int(self._clock() * 1000), last + 1)
-            database.execute("UPDATE numbers SET value = ? WHERE name = 'said'", (number,))
-        return int(number)
+            first = max(int(self._clock() * 1000), last + 1)
+            database.execute("UPDATE numbers SET value = ? WHERE name = 'said'", (first + count - 1,))
+        return range(first, first + count)
 
     def server_identity(self, names: Iterable[str] = ()) -> Identity:
         """Return a new certificate for broker and web server on this machine, also under other names."""
-        return self._own_identity("server", _SERVER, [*own_addresses(), *names])
+        addresses = sorted({*own_addresses(), *names})
+        # A file for each set of names: another process may serve under others beside this one.
+        stem = f"server-{hashlib.sha256(' '.join(addresses).encode()).hexdigest()[:8]}"
+        return self._own_identity(stem, _SERVER, addresses)
 
     def role_identity(self, role: str) -> Identity:
-        """Return a new certificate for :data:`COORDINATOR` or :data:`OBSERVER`; its key stays here."""
-        if role not in (COORDINATOR, OBSERVER):
+        """Return the certificate for :data:`COORDINATOR` or :data:`OPERATOR`, a new one where it is old."""
+        if role not in (COORDINATOR, OPERATOR):
             raise ValueError(f"{role!r} is no role")
-        return self._own_identity(role.partition(":")[2], role)
+        stem = role.partition(":")[2]
+        young = self._clock() + _LIFETIME.total_seconds() / 2
+        good = any(
+            one.name == role and one.revoked is None and one.expires > young for one in self.certificates()
+        )
+        found = Identity(self.folder / f"{stem}.crt", self.folder / f"{stem}.key")
+        if good and found.certificate.is_file() and found.key.is_file():
+            return found
+        return self._own_identity(stem, role)
 
     def stand_in(self, name: str) -> Identity:
         """Return a certificate of an hour in a device's name, to take its place at the broker.
@@ -326,6 +340,24 @@ class Authority:
         counting = {one.name for one in found if one.revoked is None}
         return frozenset(one.name for one in found) - counting
 
+    def list_number(self) -> int:
+        """Return the number of the newest revocation list."""
+        return self._numbers()["list"]
+
+    def note_applied(self, number: int) -> None:
+        """Note that a broker goes by the revocation list of that number."""
+        with self._database() as database:
+            database.execute("UPDATE numbers SET value = ? WHERE name = 'applied'", (number,))
+
+    def is_applied(self) -> bool:
+        """Return whether a broker has noted that it goes by the newest revocation list."""
+        numbers = self._numbers()
+        return numbers["applied"] == numbers["list"]
+
+    def _numbers(self) -> dict[str, int]:
+        with self._database() as database:
+            return dict(database.execute("SELECT name, value FROM numbers").fetchall())
+
     def _own_identity(self, stem: str, name: str, addresses: Iterable[str] = ()) -> Identity:
         key = new_key()
         return self._write_identity(stem, self._issue(name, key.public_key(), addresses), key)
@@ -394,17 +426,6 @@ class Authority:
 _ANOTHER = "Issue another token: scalarfed enrol NAME."
 
 
-def write_secret(path: Path, content: bytes) -> None:
-    """Write a file that only its owner may read, in place of an older one; never readable in between."""
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
-
-
 def _fill(folder: Path, key: "EllipticCurvePrivateKey", *, now: float) -> None:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -435,12 +456,3 @@ def _revoke(database: sqlite3.Connection, name: str, now: float) -> int:
 
 def _hash(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()
-
-
-def _refuse_shared(path: Path) -> None:
-    """Refuse what others may use; Windows has no modes, there the user's profile protects."""
-    if hasattr(os, "geteuid") and path.exists() and stat.S_IMODE(path.stat().st_mode) & 0o077:
-        raise SecurityError(
-            f"{path} may be read by others (mode {stat.S_IMODE(path.stat().st_mode):o}).",
-            hint=f"Run chmod go= {path}, and make new keys if somebody may have read it.",
-        )

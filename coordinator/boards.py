@@ -15,7 +15,7 @@ from pathlib import Path
 
 from profiles.errors import StateError
 
-__all__ = ["Board", "book_path", "forget_board", "read_book", "record_board", "rename_board"]
+__all__ = ["Board", "book_path", "forget_board", "keep_board", "read_book", "record_board", "rename_board"]
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,14 @@ def record_board(board: Board, *, token: str = "", path: Path | None = None) -> 
     kept = {name: old for name, old in read_book(path).items() if name != board.name}
     kept[board.name] = dataclasses.replace(board, flashed_at=now, token_sha256=hashed)
     _write(kept, path)
+
+
+def keep_board(board: Board, *, path: Path | None = None) -> None:
+    """Write what changed of a board that is in the book; when it was flashed stays."""
+    boards = read_book(path)
+    if board.name in boards:
+        boards[board.name] = board
+        _write(boards, path)
 
 
 def forget_board(name: str, *, path: Path | None = None) -> bool:

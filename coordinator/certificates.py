@@ -26,6 +26,7 @@ __all__ = [
     "public_der",
     "public_pem",
     "read_request",
+    "validity",
 ]
 
 _AUTHORITY_DAYS = 20 * 365
@@ -196,6 +197,14 @@ def read_request(name: str, request: bytes) -> "EllipticCurvePublicKey":
             f"The certificate request is not for `{name}` alone.", hint="Enrol the board under its own name."
         )
     return key
+
+
+def validity(certificate: bytes) -> tuple[float, float]:
+    """Return from when until when a certificate (PEM) counts, as Unix seconds."""
+    from cryptography import x509
+
+    found = x509.load_pem_x509_certificate(certificate)
+    return found.not_valid_before_utc.timestamp(), found.not_valid_after_utc.timestamp()
 
 
 def _builder(

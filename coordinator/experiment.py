@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from coordinator.aggregation import RULES
-from coordinator.schema import Choice, CountOrAll, Number, Text, Whole, Wholes
+from coordinator.schema import Choice, CountOrAll, Fractions, Number, Text, Whole, Wholes
 from edge_agent.optimizer import METHODS
+from profiles.budget import Budget
 
 __all__ = [
     "AgentPlan",
@@ -22,8 +23,10 @@ __all__ = [
     "Evaluation",
     "Experiment",
     "Fleet",
+    "Health",
     "Method",
     "Model",
+    "Privacy",
     "Pruning",
 ]
 
@@ -74,11 +77,13 @@ class Pruning:
         density: The fraction of the parameters that stays.
         draws: Redrawn nets per schedule step.
         schedule_steps: Steps in which the density falls.
+        widths: Fractions of every layer's width, of further nets that are trained with the pruned one and
+            share its weights: every board gets the widest that its memory holds.
     """
 
     method: Annotated[
         str, Choice(("ntk", "synflow", "snip", "grasp", "magnitude", "erk", "random", "uniform", "none"))
-    ] = "ntk"
+    ] = "uniform"
     density: Annotated[
         float,
         Number(
@@ -87,6 +92,7 @@ class Pruning:
     ] = 0.5
     draws: Annotated[int, Whole(1, 1000)] = 5
     schedule_steps: Annotated[int, Whole(1, 1000)] = 20
+    widths: Annotated[tuple[float, ...], Fractions(remedy="For example `widths = [0.25, 0.5, 0.75]`.")] = ()
 
 
 @dataclass(frozen=True)
@@ -110,7 +116,7 @@ class Method:
     learning_rate: Annotated[
         float, Number(above=0, remedy="Try 0.01 first, and a tenth of it if the loss climbs.")
     ]
-    name: Annotated[str, Choice(tuple(METHODS))] = "headstep"
+    name: Annotated[str, Choice(tuple(METHODS))] = "deepstep"
     epsilon: Annotated[float, Number(above=0, most=1, remedy="1e-3 suits most nets.")] = 1e-3
     perturbations: Annotated[int, Whole(1, 65535, remedy="8 is a good start.")] = 8
     exact: Annotated[int, Whole(0, 16384, remedy="64 is a good start; each is 4 bytes of a reply.")] = 64
@@ -133,6 +139,8 @@ class Fleet:
         aggregation: How the agents' scalars become one: ``mean`` trusts all, ``median``, ``trimmed`` (mean
             without the smallest and largest) and ``krum`` bear some liars, and leave out who is suspected.
         liars: The share of the agents that may lie; the mean does not look at it.
+        unfit: What becomes of a board whose memory cannot hold the work: ``refuse`` the run before it begins,
+            or ``fit`` a smaller batch to it, and leave it out if none fits.
     """
 
     cohort: Annotated[int | Literal["all"], CountOrAll()] = "all"
@@ -141,6 +149,7 @@ class Fleet:
     resend_s: Annotated[float, Number(above=0, most=86400)] = 2.0
     aggregation: Annotated[str, Choice(tuple(RULES))] = "mean"
     liars: Annotated[float, Number(least=0, most=0.49, remedy="0.2 bears one liar among five.")] = 0.2
+    unfit: Annotated[str, Choice(("refuse", "fit"))] = "refuse"
 
 
 @dataclass(frozen=True)
@@ -151,13 +160,38 @@ class Device:
         profile: Name of a device profile.
         count: How many of them.
         memory_mib: Memory budget of the agent; the profile's, if not given.
+        flops_per_round: What a round may cost it at most; a smaller batch costs less.
+        flops_per_day: And a day (UTC).
+        bytes_per_day: On the wire, both ways.
+        temperature_c: A board hotter than this is left alone until it has cooled down.
+        battery_percent: And one with less charge, until it has more.
+        energy_wh_per_day: Watt-hours a day, where the board reports its power.
         name: What the agents' names begin with; the profile's name, if not given.
     """
 
     profile: Annotated[str, Text()]
     count: Annotated[int, Whole(1, 10000)] = 1
     memory_mib: Annotated[float | None, Number(above=0, remedy="A bare agent needs about 55 MiB.")] = None
+    flops_per_round: Annotated[float | None, Number(above=0, remedy="2e9 is two billion.")] = None
+    flops_per_day: Annotated[float | None, Number(above=0, remedy="1e13 is ten trillion.")] = None
+    bytes_per_day: Annotated[float | None, Number(above=0, remedy="1e6 is a megabyte.")] = None
+    temperature_c: Annotated[float | None, Number(above=0, most=150, remedy="70 is a good ceiling.")] = None
+    battery_percent: Annotated[float | None, Number(least=0, most=100)] = None
+    energy_wh_per_day: Annotated[float | None, Number(above=0)] = None
     name: Annotated[str | None, _NAME] = None
+
+    @property
+    def budget(self) -> Budget:
+        """What each of them may spend."""
+        return Budget(
+            memory_mib=self.memory_mib,
+            flops_per_round=_whole(self.flops_per_round),
+            flops_per_day=_whole(self.flops_per_day),
+            bytes_per_day=_whole(self.bytes_per_day),
+            temperature_c=self.temperature_c,
+            battery_percent=self.battery_percent,
+            energy_wh_per_day=self.energy_wh_per_day,
+        )
 
 
 @dataclass(frozen=True)
@@ -167,6 +201,8 @@ class BrokerChoice:
     Attributes:
         url: A running broker; empty to start one.
         port: Port of the broker that is started; 0 for any free one.
+        listen: Address on which it is started; the loopback keeps it to this machine.
+        security: ``auto`` is on beyond the loopback; ``insecure`` does without where ``auto`` would not.
     """
 
     url: Annotated[
@@ -177,6 +213,10 @@ class BrokerChoice:
         ),
     ] = ""
     port: Annotated[int, Whole(0, 65535)] = 0
+    listen: Annotated[str, Text(pattern=r"[0-9A-Za-z.:_-]+", rule="must be an address or a host name")] = (
+        "127.0.0.1"
+    )
+    security: Annotated[str, Choice(("auto", "on", "insecure"))] = "auto"
 
 
 @dataclass(frozen=True)
@@ -187,6 +227,37 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Health:
+    """What is done when a run is not well: a loss jumps or diverges, or weights reach the end of their grid.
+
+    Attributes:
+        answer: ``none`` only says so; ``halve`` halves the learning rate; ``rollback`` also goes back to the
+            round with the lowest loss so far.
+        most: How often that is done in a run.
+    """
+
+    answer: Annotated[str, Choice(("none", "halve", "rollback"))] = "none"
+    most: Annotated[int, Whole(1, 20)] = 3
+
+
+@dataclass(frozen=True)
+class Privacy:
+    """How little a reply says of any one agent.
+
+    Attributes:
+        clip: Largest Euclidean length of an agent's vector of scalars; 0 for no such bound.
+        noise: Standard deviation of the secret Gaussian noise that an agent adds to each scalar, in clips.
+        delta: For the epsilon in the report.
+        masks: ``pairwise`` hides each reply among those of its cohort; the coordinator reads their sum alone.
+    """
+
+    clip: Annotated[float, Number(least=0, remedy="A length that most replies have is a good start.")] = 0.0
+    noise: Annotated[float, Number(least=0, most=1e6, remedy="1 is a lot for a single agent.")] = 0.0
+    delta: Annotated[float, Number(above=0, most=0.1, remedy="1e-5 is usual.")] = 1e-5
+    masks: Annotated[str, Choice(("none", "pairwise"))] = "none"
+
+
+@dataclass(frozen=True)
 class AgentPlan:
     """One agent of the fleet; ids count from 0 in the order of the file."""
 
@@ -194,6 +265,7 @@ class AgentPlan:
     name: str
     profile: str
     memory_mib: float
+    budget: Budget = field(default_factory=Budget)
 
 
 @dataclass(frozen=True)
@@ -209,6 +281,8 @@ class Experiment:
     devices: tuple[Device, ...]
     broker: BrokerChoice
     evaluation: Evaluation
+    health: Health
+    privacy: Privacy = field(default_factory=Privacy)
     seed: Annotated[int, Whole()] = 7
     rounds: Annotated[int, Whole(1, 2**31 - 1)] = 400
 
@@ -236,4 +310,10 @@ def _agents(devices: Sequence[Device]) -> Iterator[AgentPlan]:
         for _ in range(device.count):
             taken[prefix] += 1
             memory_mib = device.memory_mib or 0.0
-            yield AgentPlan(taken.total() - 1, f"{prefix}-{taken[prefix]}", device.profile, memory_mib)
+            yield AgentPlan(
+                taken.total() - 1, f"{prefix}-{taken[prefix]}", device.profile, memory_mib, device.budget
+            )
+
+
+def _whole(value: float | None) -> int | None:
+    return None if value is None else int(value)

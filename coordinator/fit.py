@@ -96,6 +96,7 @@ def fit(bundle: Bundle, profile: Profile, work: Work, *, allowed_mib: float | No
         cost,
         batch_size=work.batch_size,
         curvature_bytes_per_param=METHODS[work.method].bytes_per_weight,
+        autodiff=METHODS[work.method].autodiff,
         data_bytes=work.samples * sample_bytes,
         graph_bytes=bundle.graph_path.stat().st_size,
     )

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from coordinator.books import Entry, last_entries
 from profiles.errors import LogError
 
 __all__ = ["AgentHistory", "Event", "History", "Slopes", "read_history"]
@@ -75,6 +76,7 @@ class History:
         manifest: The bundle's, empty if there is none.
         experiment: The experiment file's text.
         evaluated: Rounds that were closed when the replica was evaluated.
+        books: Each agent's account of its latest day.
     """
 
     path: Path
@@ -93,6 +95,7 @@ class History:
     slopes: Slopes
     agents: tuple[AgentHistory, ...]
     events: tuple[Event, ...]
+    books: tuple[Entry, ...]
 
     def answers(self) -> NDArray[np.int64]:
         """Return how many replies were counted in each round."""
@@ -157,7 +160,15 @@ def _read(run: Path, db: sqlite3.Connection) -> History:
         slopes=_slopes(db, np.array(columns[0], np.int64)),
         agents=_agents(db, summary),
         events=events,
+        books=_books(db),
     )
+
+
+def _books(db: sqlite3.Connection) -> tuple[Entry, ...]:
+    if db.execute("SELECT 1 FROM sqlite_master WHERE name = 'ledger'").fetchone() is None:
+        return ()  # a log of an earlier release
+    rows = db.execute("SELECT day, agent, account FROM ledger ORDER BY day, agent").fetchall()
+    return tuple(last_entries(rows).values())
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from coordinator.operator import operator_tls
 from coordinator.status import read_status
 from edge_agent.link import Connected, Disconnected, Message, MqttLink
 from edge_agent.topics import Topics
@@ -72,7 +73,8 @@ def _listen(
     *,
     quiet_s: float = _QUIET_S,
 ) -> None:
-    link = MqttLink(broker, client_id=f"{run}-onlooker-{time.monotonic_ns() % 1_000_000_000}")
+    name = f"{run}-onlooker-{time.monotonic_ns() % 1_000_000_000}"
+    link = MqttLink(broker, client_id=name, tls=operator_tls(broker))
     link.subscribe(Topics(namespace, run).status("+"))
     deadline, connected, heard_at = time.monotonic() + within_s, False, time.monotonic()
     try:

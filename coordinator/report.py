@@ -52,6 +52,7 @@ def write_report(run: Path) -> Path:
         flops=_flops(history.summary),
         widths=_widths(history.manifest),
         agents=history.agents[:_MOST_ROWS],
+        books=history.books[:_MOST_ROWS],
         facts=_facts(history),
         big=_big,
         when=lambda at: datetime.fromtimestamp(at, timezone.utc).strftime("%Y-%m-%d %H:%M:%S"),
@@ -222,6 +223,14 @@ def _facts(history: History) -> dict[str, str]:
             facts[key.replace("_", " ")] = str(value)
     for key, value in _nested(summary, "machine").items():
         facts[key] = str(value)
+    if privacy := _nested(summary, "privacy"):
+        spent = privacy.get("epsilon")
+        facts["privacy"] = (
+            f"scalars clipped to a length of {privacy['clip']:g}, no noise: no epsilon"
+            if spent is None
+            else f"epsilon {spent:.2f} at delta {privacy['delta']:g}, for an agent's {privacy['replies']} "
+            f"replies: clip {privacy['clip']:g}, noise of {privacy['noise']:g} clips"
+        )
     for name, text in _suspected(history).items():
         facts[f"suspected: {name}"] = text
     dropped = _nested(summary, "messages_dropped")

@@ -11,13 +11,14 @@ from typing import Any
 
 from coordinator.config import load_experiment
 from coordinator.control import Control
+from coordinator.family import read_family
 from coordinator.plans import CHANGED, Plans
 from coordinator.rebuild import CHECKPOINT, resume_replica
 from coordinator.scalar_log import ScalarLog
 from coordinator.service import Service
-from coordinator.testbed import rounds_of
+from coordinator.testbed import ledger_of, privacy_of, rounds_of
 from edge_agent.bundle import read_bundle
-from edge_agent.link import MqttLink
+from edge_agent.link import Link, MqttLink
 from edge_agent.topics import Topics
 from edge_agent.wire import RoundRecord
 
@@ -28,7 +29,9 @@ def serve_run(
     run: Path,
     *,
     broker: str,
+    connect: Callable[[Topics], tuple[MqttLink, Link]] | None = None,
     on_commit: Callable[[RoundRecord, float | None], None] = lambda record, loss: None,
+    on_idle: Callable[[Service], None] = lambda service: None,
     farewell_s: float = 20.0,
 ) -> dict[str, Any]:
     """Run what is left of a run's rounds over a broker, and return how it ended.
@@ -36,7 +39,9 @@ def serve_run(
     Args:
         run: A folder that ``testbed.prepare`` made.
         broker: ``mqtt://HOST:PORT``; it may come and go.
+        connect: Returns the connection to use instead, and the link over it.
         on_commit: Called after every record that is on the disk.
+        on_idle: Called a few times a second.
         farewell_s: How long to wait for the agents' last word.
 
     Raises:
@@ -50,26 +55,49 @@ def serve_run(
         log.add_event("coordinator started", "", f"epoch {epoch}, round {replica.round}")
         plans = Plans(experiment, bundle, log.texts_of(CHANGED))
         recent = list(log.records(max(0, replica.round - 4)))
-        rounds = rounds_of(experiment, bundle, replica, epoch=epoch, recent=recent, plans=plans)
-        link = MqttLink(broker, client_id=f"{experiment.name}-coordinator")
+        levels = json.loads(log.meta().get("levels", "[]"))
+        ledger = ledger_of(experiment, bundle, log)
+        rounds = rounds_of(
+            experiment,
+            bundle,
+            replica,
+            epoch=epoch,
+            recent=recent,
+            plans=plans,
+            ledger=ledger,
+            levels=levels,
+        )
+        topics = Topics("scalarfed", experiment.name)
+        if connect is not None:
+            carrier, link = connect(topics)
+        else:
+            link = carrier = MqttLink(broker, client_id=f"{experiment.name}-coordinator")
+
+        def idle() -> None:
+            control.poll()
+            on_idle(service)
+
         service = Service(
             link=link,
-            topics=Topics("scalarfed", experiment.name),
+            topics=topics,
             log=log,
             rounds=rounds,
             agents=[agent.name for agent in experiment.agents],
             bundle_identity=bundle.identity,
+            masked=experiment.privacy.masks != "none",
+            narrower=[one.identity for one in read_family(bundle.folder)[:-1]],
+            privacy=privacy_of(experiment),
             checkpoint=run / CHECKPOINT,
             on_commit=on_commit,
-            on_idle=lambda: control.poll(),
+            on_idle=idle,
         )
         control = Control(log, plans, service)
         try:
             service.run(stop=lambda: control.stopped, farewell_s=farewell_s)
         finally:
             service.announce_state("finished" if rounds.finished else "stopped")
-            link.flush(2.0)
-            link.close()
+            carrier.flush(2.0)
+            carrier.close()
         return {
             "rounds": replica.round,
             "rounds_skipped": log.skipped(),

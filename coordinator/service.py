@@ -7,14 +7,18 @@ is published. Whatever arrives and does not belong is counted and dropped.
 import json
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from coordinator.rounds import Action, Announce, Commit, Late, Rounds
+from coordinator.actions import Action, Announce, Commit, Late, Uncover
+from coordinator.rounds import Rounds
 from coordinator.scalar_log import ScalarLog
 from coordinator.status import read_status
+from coordinator.unveil import Veils
 from edge_agent.link import Connected, Link, Message
+from edge_agent.masked_wire import is_masked
+from edge_agent.replay import Replica
 from edge_agent.roster import pack_names
 from edge_agent.state import replica_bytes, save_replica
 from edge_agent.topics import Topics, shard_of
@@ -46,6 +50,9 @@ class Service:
         rounds: The state machine, not yet started.
         agents: Names of the fleet in the order of their numbers.
         bundle_identity: What the agents must have.
+        masked: Whether only the sum of the replies is to be read.
+        narrower: Identities of the narrower bundles of a family, the narrowest first.
+        privacy: What every agent does to its scalars: ``clip`` and ``noise``; None for nothing.
         shards: Topics over which the agents are spread.
         checkpoint: File for the replica as it is every few hundred rounds; it bounds what a late joiner, or
             the next coordinator, has to replay. None keeps it in memory alone.
@@ -69,6 +76,9 @@ class Service:
         rounds: Rounds,
         agents: Sequence[str],
         bundle_identity: str,
+        masked: bool = False,
+        narrower: Sequence[str] = (),
+        privacy: Mapping[str, float] | None = None,
         shards: int = 1,
         checkpoint: Path | None = None,
         checkpoint_every: int = 500,
@@ -87,14 +97,22 @@ class Service:
         self._numbers = {name: number for number, name in enumerate(agents)}
         self._roster = pack_names(agents)
         self._bundle_identity = bundle_identity
+        self._identities = [*narrower, bundle_identity]
+        self._privacy = privacy
+        self._veils = Veils(topics.run, len(agents)) if masked else None
+        if masked:
+            rounds.unready = set(range(len(agents)))
         self._shards = shards
         self._checkpoint = checkpoint
         self._checkpoint_every = checkpoint_every
-        self._snapshot: tuple[int, bytes] | None = None  # the round before which it stands, and the message
+        self._snapshots: dict[
+            int, tuple[int, bytes]
+        ] = {}  # by level: the round it stands before, the message
         self._on_commit = on_commit
         self._on_idle = on_idle
         self._clock = clock
         self._state = "running"
+        self._shut_out: frozenset[str] = frozenset()
         self._closing_since: float | None = None
         self._processes: dict[str, set[int]] = {}
         self._told: Counter[tuple[str, str]] = Counter()
@@ -160,6 +178,18 @@ class Service:
         if (self._events or self._late) and now - self._notes_at >= _REPEAT_S:
             self._write_notes()
 
+    def shut_out(self, names: Collection[str]) -> None:
+        """Hear nothing more of these agents, and count nothing that they said in the open round.
+
+        Args:
+            names: All whose certificates were revoked; who is no longer among them is heard again.
+        """
+        for name in sorted(set(names) & self._numbers.keys() - self._shut_out):
+            self._tell("revoked", name, "its certificate counts no more", stranger=False)
+            self.statuses[name] = {**self.statuses.get(name, {}), "state": "offline"}
+            self._act(self._rounds.shut_out(self._numbers[name], self._clock()))
+        self._shut_out = frozenset(names)
+
     def announce_state(self, state: str) -> None:
         """Publish the run's configuration with another state, such as "stopped"."""
         self._state = state
@@ -195,9 +225,19 @@ class Service:
         }
 
     @property
+    def replica(self) -> Replica:
+        """The coordinator's replica."""
+        return self._rounds.replica
+
+    @property
     def final_digest(self) -> int:
         """Digest of the coordinator's replica."""
         return self._rounds.replica.digest()
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """Which width of the family each agent holds, by number; all 0 without a family."""
+        return self._rounds.levels
 
     def bytes_seen(self) -> tuple[int, int]:
         """Return the bytes that came from and went to the broker so far."""
@@ -214,6 +254,8 @@ class Service:
             "epoch": self._rounds.epoch,
             "agents": self._roster,
             "shards": self._shards,
+            **({} if self._privacy is None else {"privacy": dict(self._privacy)}),
+            **({} if self._veils is None else {"keys": self._veils.keys()}),
         }
         self._say(self._topics.control, json.dumps(control).encode())
 
@@ -236,7 +278,9 @@ class Service:
         if self._closing_since is None:
             self._closing_since = now
         last = self._rounds.replica.round
-        behind = [name for name in self._agents if self._status_round(name) != last]
+        behind = [
+            name for name in self._agents if self._status_round(name) != last and name not in self._shut_out
+        ]
         return not behind or now - self._closing_since >= farewell_s
 
     def _status_round(self, name: str) -> int | None:
@@ -247,11 +291,17 @@ class Service:
             if isinstance(action, Commit):
                 self._commit(action)
             elif isinstance(action, Announce):
+                if self._veils is not None:
+                    self._veils.open(action.message)
                 payload = encode(action.message)
                 for shard in range(self._shards):
                     self._say(self._topics.round(shard), payload)
             elif isinstance(action, Late):
                 self._late.append((self._agents[action.agent], action.reply, time.time()))
+            elif isinstance(action, Uncover):
+                if self._veils is not None:
+                    for number, request in self._veils.requests(action.survivors).items():
+                        self._link.publish(self._topics.answer(self._agents[number]), request)
             else:
                 name = "" if action.agent is None else self._agents[action.agent]
                 self._tell(action.kind, name, action.text, stranger=action.kind == "refused")
@@ -270,6 +320,7 @@ class Service:
             closed_at=closed_at,
             replies=replies,
             events=self._events,
+            accounts=[] if self._rounds.ledger is None else self._rounds.ledger.unsaved(),
         )
         self._events.clear()
         if (action.record.plan.round + 1) % self._checkpoint_every == 0:
@@ -284,14 +335,18 @@ class Service:
                 save_replica(self._checkpoint, replica, bundle_identity=self._bundle_identity, run=run)
             except StateError as error:
                 self._tell("checkpoint failed", "", str(error), stranger=False)
-        if replica.weights.nbytes < MAX_MESSAGE:
-            state = replica_bytes(replica, bundle_identity=self._bundle_identity, run=run)
-            message = encode(Snapshot(self._rounds.epoch, state))
-            self._snapshot = (replica.round, message) if len(message) <= MAX_MESSAGE else None
+        for level, identity in enumerate(self._identities):
+            one = replica.at_level(level) if replica.stops else replica
+            if one.weights.nbytes < MAX_MESSAGE:
+                message = encode(
+                    Snapshot(self._rounds.epoch, replica_bytes(one, bundle_identity=identity, run=run))
+                )
+                if len(message) <= MAX_MESSAGE:
+                    self._snapshots[level] = (replica.round, message)
 
     def _tell(self, kind: str, name: str, text: str, *, stranger: bool) -> None:
         """Note an event for people: all of them at first, then ever fewer of what anybody can cause."""
-        always = kind in ("missed", "excluded", "skipped", "extended", "suspect", "trusted again")
+        always = kind in ("missed", "excluded", "skipped", "extended", "suspect", "trusted again", "left out")
         self._told[kind, name] += 1
         count = self._told[kind, name]
         if always or count in (_STRANGERS_TOLD_AT if stranger else _TOLD_AT):
@@ -313,6 +368,8 @@ class Service:
         number = self._numbers.get(name)
         if number is None:
             self._drop(f"{kind}: not in the fleet", "", name[:64])
+        elif name in self._shut_out:
+            self._drop("revoked", name)
         elif kind == "st" and len(rest) == 1:
             self._on_status(number, message.payload, now)
         elif kind == "u" and rest == [str(shard_of(name, self._shards)), name]:
@@ -337,6 +394,9 @@ class Service:
         except WireError as error:
             self._drop("malformed status", name, str(error))
             return
+        if status.get("name", name) != name:
+            self._drop("status in another's name", name, status["name"])
+            return
         before = self.statuses.get(name, {})
         state = status["state"]
         hello = before.get("state", "offline") == "offline" or before.get("pid") != status.get("pid")
@@ -345,6 +405,12 @@ class Service:
         # A last will says only that the agent is gone: keep what it said before.
         self.statuses[name] = {**before, **status}
         self._count_traffic(name, status)
+        if self._rounds.ledger is not None:
+            self._rounds.ledger.note_status(number, status, now=now)
+        if self._veils is not None and self._veils.learn(number, status.get("key", "")):
+            self._rounds.unready.discard(number)
+            self._publish_control()
+            self._act(self._rounds.ask_anew(number, now))
         online = state != "offline"
         self._act(self._rounds.on_presence(number, online=online, hello=hello, now=now))
 
@@ -355,7 +421,29 @@ class Service:
             processes.add(pid)
             self.traffic[name, pid] = {**status["traffic"], "rounds": status.get("estimates", 0)}
 
+    def _on_masked(self, veils: Veils, number: int, payload: bytes, now: float) -> None:
+        """Take in a masked reply, or what undoes the masks of a round."""
+        try:
+            reply = veils.take(number, payload)
+        except WireError as error:
+            self._drop("undecodable reply", self._agents[number], str(error))
+            return
+        if reply is not None:
+            self._act(self._rounds.on_reply(number, reply, now))
+            return
+        try:
+            found = veils.total()
+        except ValueError as error:
+            self._tell("masks", "", str(error), stranger=False)
+            self._act(self._rounds.on_sum(veils.round, None, now))
+            return
+        if found is not None:
+            self._act(self._rounds.on_sum(veils.round, found, now))
+
     def _on_reply(self, number: int, payload: bytes, now: float) -> None:
+        if self._veils is not None and is_masked(payload):
+            self._on_masked(self._veils, number, payload, now)
+            return
         try:
             message = decode(payload)
         except WireError as error:
@@ -363,6 +451,9 @@ class Service:
             return
         if not isinstance(message, Reply):
             self._drop("not a reply", self._agents[number])
+            return
+        if self._veils is not None and not message.failed:
+            self._drop("not masked", self._agents[number])
             return
         self._act(self._rounds.on_reply(number, message, now))
 
@@ -378,11 +469,10 @@ class Service:
         if not self._may_have_slice(name, now):
             self._drop("requests too often", name)
             return
-        if self._snapshot is not None and message.first < self._snapshot[0]:
-            round_, snapshot = self._snapshot
-            if len(snapshot) < self._log.bytes_between(message.first, round_):
-                self._link.publish(self._topics.answer(name), snapshot)
-                return
+        round_, snapshot = self._snapshots.get(self._rounds.levels[self._numbers[name]], (0, b""))
+        if message.first < round_ and len(snapshot) < self._log.bytes_between(message.first, round_):
+            self._link.publish(self._topics.answer(name), snapshot)
+            return
         records: list[RoundRecord] = []
         size = 0
         for record in self._log.records(message.first, message.first + _SLICE_RECORDS):

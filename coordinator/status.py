@@ -21,11 +21,24 @@ TRAFFIC = ("payload_up", "payload_down", "packet_up", "packet_down", "messages_u
 """What an agent counts of its link."""
 
 _LARGEST = 2**63 - 1
-_TEXTS = ("name", "version", "profile", "digest", "enforcement", "text", "last_words")
-_WHOLES = ("pid", "epoch", "round", "samples", "estimates", "forwards", "starts")
+_TEXTS = (
+    *("name", "version", "profile", "digest", "enforcement", "text", "last_words", "key"),
+    *("machine", "python", "release", "update", "update_state"),
+)
+_WHOLES = ("pid", "epoch", "round", "samples", "estimates", "forwards", "starts", "update_number")
+_COUNTS = ("flops", "counted", "uncounted")
 _NUMBERS = ("rss_mib", "peak_rss_mib", "pss_mib", "budget_mib", "temperature_c", "battery_percent")
 _TELEMETRY = (
-    *("temperature_c", "power_w", "gpu_load", "gpu_mib", "ram_mib", "available_mib", "swap_used_mib"),
+    *(
+        "temperature_c",
+        "battery_percent",
+        "power_w",
+        "gpu_load",
+        "gpu_mib",
+        "ram_mib",
+        "available_mib",
+        "swap_used_mib",
+    ),
     *("load_1min", "uptime_s", "disk_free_mib"),
 )
 _THROTTLING = ("throttled", "throttled_since_boot")
@@ -52,7 +65,7 @@ def read_status(payload: bytes) -> dict[str, Any]:
     for key in _TEXTS:
         if key in found:
             status[key] = _text(key, found[key])
-    for key in _WHOLES:
+    for key in (*_WHOLES, *_COUNTS):
         if key in found:
             status[key] = _whole(key, found[key])
     for key in _NUMBERS:

@@ -20,8 +20,9 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from coordinator.actions import Terms
 from coordinator.broker import Broker, open_broker, use_broker
-from coordinator.rounds import Rounds, Terms
+from coordinator.rounds import Rounds
 from coordinator.scalar_log import ScalarLog
 from coordinator.service import Service
 from coordinator.swarm_agents import Swarm
@@ -30,9 +31,10 @@ from edge_agent.estimator import Estimate
 from edge_agent.grid import plan_segments, snap
 from edge_agent.link import MqttLink
 from edge_agent.optimizer import METHODS
+from edge_agent.plan import RoundPlan
 from edge_agent.replay import Replica
 from edge_agent.topics import Topics
-from edge_agent.wire import RoundOpen, RoundPlan, RoundRecord
+from edge_agent.wire import RoundOpen, RoundRecord
 from profiles.errors import BrokerError, ConfigError
 from profiles.memory import peak_rss_mib
 

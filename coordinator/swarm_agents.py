@@ -16,8 +16,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from edge_agent.agent import Agent, Report
+from edge_agent.cohort import Cohort
 from edge_agent.topics import Topics, shard_of
-from edge_agent.wire import Cohort, Reply, RoundOpen, SliceRequest, decode, encode
+from edge_agent.wire import Reply, RoundOpen, SliceRequest, decode, encode
 from profiles.errors import BrokerError
 
 __all__ = ["Swarm", "packet", "split"]

@@ -12,9 +12,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from edge_agent.estimator import Estimate
+from edge_agent.plan import RoundPlan
+from edge_agent.privacy import Privacy, privatise, read_privacy
 from edge_agent.replay import Replica, apply_record
 from edge_agent.roster import number_in
-from edge_agent.wire import Reply, RoundOpen, RoundPlan, RoundRecord, SliceRequest, Snapshot, decode
+from edge_agent.wire import Reply, RoundOpen, RoundRecord, SliceRequest, Snapshot, decode
 from profiles.errors import DigestError, EstimateError, LogError, StateError, WireError
 
 __all__ = ["Agent", "Report"]
@@ -47,11 +49,14 @@ class Agent:
         fresh_replica: Makes the replica of round 0.
         estimate: Measures what a round asks with the agent's samples, given its number in the fleet.
         peak_kib: Largest resident size of the process so far.
+        secret: Returns so many random bytes that nobody can guess, for the noise of private replies.
         restore: Makes a replica of a snapshot's bytes, or None if they are not this run's; raises StateError.
 
     Attributes:
         dropped: Count of messages that changed nothing, by reason.
         replica: The agent's replica.
+        counted: How many of its replies the coordinator has said to have counted.
+        uncounted: And how many not.
         shards: Shards of the run, once the control message told; 0 before.
     """
 
@@ -64,6 +69,7 @@ class Agent:
         fresh_replica: Callable[[], Replica],
         estimate: Callable[[Replica, RoundOpen, int], Estimate],
         peak_kib: Callable[[], int],
+        secret: Callable[[int], bytes] | None = None,
         restore: Callable[[bytes], Replica | None] = lambda state: None,
     ) -> None:
         self.name = name
@@ -72,21 +78,36 @@ class Agent:
         self.dropped: Counter[str] = Counter()
         self.estimates = 0
         self.forwards = 0
+        self.counted = 0
+        self.uncounted = 0
         self._bundle_identity = bundle_identity
         self._fresh_replica = fresh_replica
         self._estimate = estimate
         self._peak_kib = peak_kib
         self._restore = restore
+        self._secret = secret
+        self._privacy: Privacy | None = None
         self._number: int | None = None
         self._epoch = 0
         self._open: RoundOpen | None = None
         self._reply: Reply | None = None
         self._reply_to: tuple[RoundPlan, int, bool] | None = None  # what the reply in memory answers
+        self._answered: int | None = None  # the round that we answered, until we heard whether that counted
         self._asked_at: float | None = None
         self._largest_batch: int | None = None  # that this board's memory has held, once one was too large
         self._disagreed = 0  # how often in a row a log that began with the bundle led elsewhere
         self._closed = False
         self._followed_epoch = 0  # the epoch whose log took the replica to where it is
+
+    @property
+    def opened(self) -> RoundOpen | None:
+        """The round that was announced last."""
+        return self._open
+
+    @property
+    def number(self) -> int | None:
+        """The agent's number in the fleet, once the control message told."""
+        return self._number
 
     @property
     def epoch(self) -> int:
@@ -106,6 +127,7 @@ class Agent:
                 raise ValueError("shards")
             if type(epoch) is not int or not 0 <= epoch <= 0xFFFF:
                 raise ValueError("epoch")
+            privacy = read_privacy(control)
         except (KeyError, TypeError, ValueError):
             self.dropped["malformed control"] += 1
             return []
@@ -113,8 +135,11 @@ class Agent:
             return [Report("refused", f"the run has bundle {bundle!r:.16}, not {self._bundle_identity[:12]}")]
         if number is None:
             return [Report("refused", f"{self.name} is not in the fleet of this run")]
-        if number != self._number:
-            self._reply = None  # it was measured with the samples of another number
+        if privacy is not None and self._secret is None:
+            return [Report("refused", "the run wants private replies, and this agent has no secret noise")]
+        if number != self._number or privacy != self._privacy:
+            self._reply = None  # it was measured with the samples of another number, or told too much
+        self._privacy = privacy
         self.shards = shards
         self._number = number
         self._epoch = epoch
@@ -150,6 +175,7 @@ class Agent:
         self._epoch = message.epoch
         if isinstance(message, RoundOpen):
             self._open = message
+            self._acknowledge(message)
             return self._advance(now)
         if isinstance(message, Snapshot):
             self._take_over(message)
@@ -201,10 +227,21 @@ class Agent:
             return [] if already else [Report("closed")]
         if self._number not in opened.cohort:
             return []
-        if opened.records and self.replica.digest() != opened.records[-1].digest:
+        if opened.records and self.replica.digest() != opened.records[-1].digest_at(self.replica.level):
             self._start_again("digest disagreed")
             return self._advance(now)
         return [self._answer(opened, self._number)]
+
+    def _acknowledge(self, opened: RoundOpen) -> None:
+        """Take in whether our last reply counted: the next round's message says whose did not."""
+        if self._answered is None or self._number is None or opened.plan.round <= self._answered:
+            return
+        if opened.plan.round == self._answered + 1:
+            if self._number in opened.uncounted:
+                self.uncounted += 1
+            else:
+                self.counted += 1
+        self._answered = None
 
     def _take_over(self, message: Snapshot) -> None:
         """Put the snapshot in the replica's place, if it was asked for and leads further."""
@@ -230,7 +267,8 @@ class Agent:
 
     def _answer(self, opened: RoundOpen, number: int) -> Reply:
         """Return the reply to a round, from memory if it was measured before."""
-        asked = (opened.plan, opened.batch_size, opened.central)
+        asked = (opened.plan, opened.batch_of(number), opened.central)
+        self._answered = opened.plan.round
         if self._reply is None or self._reply_to != asked:
             self._reply, self._reply_to = self._measured(opened, number), asked
         return replace(self._reply, epoch=opened.epoch, attempt=opened.attempt)
@@ -240,12 +278,12 @@ class Agent:
             epoch=opened.epoch,
             round=opened.plan.round,
             attempt=opened.attempt,
-            samples=opened.batch_size,
+            samples=opened.batch_of(number),
             loss=float("nan"),
             peak_kib=self._peak_kib(),
             digest=self.replica.digest(),
         )
-        batch = min(opened.batch_size, self._largest_batch or opened.batch_size)
+        batch = min(opened.batch_of(number), self._largest_batch or opened.batch_size)
         while True:
             try:
                 made = self._estimate(self.replica, replace(opened, batch_size=batch), number)
@@ -262,13 +300,11 @@ class Agent:
                 break
         self.estimates += 1
         self.forwards += made.forwards
-        return replace(
-            reply,
-            samples=batch,
-            loss=made.loss,
-            scalars=made.scalars.reshape(-1),
-            peak_kib=self._peak_kib(),
-        )
+        scalars, loss = made.scalars.reshape(-1), made.loss
+        if self._privacy is not None and self._secret is not None:
+            scalars = privatise(scalars, self._privacy, self._secret)
+            loss = 0.0  # it would tell on the samples too
+        return replace(reply, samples=batch, loss=loss, scalars=scalars, peak_kib=self._peak_kib())
 
     def _apply(self, records: tuple[RoundRecord, ...]) -> None:
         """Apply those of the consecutive records that come next; only the last one's digest is checked."""

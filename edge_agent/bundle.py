@@ -6,8 +6,9 @@ This module knows the folder's layout, not how a graph came to be nor how it is 
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,28 @@ from numpy.typing import NDArray
 
 from edge_agent.grid import Segment, plan_segments, snap
 from edge_agent.replay import Replica
-from profiles.errors import BundleError
+from edge_agent.signature import is_signed
+from profiles.errors import BundleError, SecurityError
 
-__all__ = ["FORMAT", "Bundle", "Tensor", "flat_layout", "read_bundle", "write_bundle"]
+__all__ = [
+    "FORMAT",
+    "SIGNATURE",
+    "Bundle",
+    "Tensor",
+    "check_signed",
+    "flat_layout",
+    "read_bundle",
+    "sign_bundle",
+    "write_bundle",
+]
 
 FORMAT = 1
+
+SIGNATURE = "manifest.sig"
+"""The file that holds the signature of the manifest, 64 bytes; only who asks for it needs it."""
+
+_CONTEXT = b"scalarfed bundle 1\0"
+_SIGN_AGAIN = "Start the coordinator with its authority, which signs the bundle, and copy it again."
 _ALIGNMENT = 16
 
 
@@ -61,8 +79,11 @@ class Bundle:
             ``weight_bytes`` and what else the exporter knew.
         pruning: How the net was made smaller.
         head: Names of the tensors whose gradient the graph tells as ``head_gradient``; empty if it does not.
+        hidden: The same of the linear layer before the last, and ``hidden_gradient``.
         variants: Names of further graphs that compute the same with operators of the compiled kernel.
         identity: SHA-256 of the manifest, hexadecimal: names the bundle.
+        stops: Where each width of a family of nets ends in the flat vector; empty without a family.
+        family: Identity of the family's widest bundle, which names the run's; empty for that one itself.
     """
 
     folder: Path
@@ -75,8 +96,11 @@ class Bundle:
     cost: Mapping[str, int]
     pruning: Mapping[str, Any]
     head: tuple[str, ...]
+    hidden: tuple[str, ...]
     variants: tuple[str, ...]
     identity: str
+    stops: tuple[int, ...] = ()
+    family: str = ""
 
     @property
     def params(self) -> int:
@@ -107,7 +131,16 @@ class Bundle:
             self.segments,
             tensors=tuple(spans.values()),
             head=tuple(spans[name] for name in self.head),
+            stops=self.stops,
+            hidden=tuple(spans[name] for name in self.hidden),
+            layers=tuple(tuple(spans[tensor.name] for tensor in layer) for layer in self.layers),
         )
+
+    @property
+    def layers(self) -> tuple[tuple[Tensor, ...], ...]:
+        """The tensors of each layer, in order: neighbours whose names differ after the last dot alone."""
+        named = groupby(self.tensors, key=lambda tensor: tensor.name.rpartition(".")[0])
+        return tuple(tuple(tensors) for _, tensors in named)
 
 
 def flat_layout(shapes: Sequence[tuple[str, tuple[int, ...]]]) -> tuple[list[Tensor], int]:
@@ -135,7 +168,10 @@ def write_bundle(
     cost: Mapping[str, int],
     pruning: Mapping[str, Any],
     head: Sequence[str] = (),
+    hidden: Sequence[str] = (),
     variants: Mapping[str, bytes] | None = None,
+    stops: Sequence[int] = (),
+    family: str = "",
 ) -> Bundle:
     """Write a bundle folder; the weights are moved to the nearest points of their grids.
 
@@ -151,7 +187,10 @@ def write_bundle(
         pruning: How the net was made smaller.
         head: Names of the last linear layer's tensors, in the order of the layout, if the graph has the
             output ``head_gradient``: their gradient, row by row and one tensor after the other.
+        hidden: The same of the layer before, whose gradient is the output ``hidden_gradient``.
         variants: ONNX files by name that compute the same with operators of the compiled kernel.
+        stops: As in :class:`Bundle`, and so is the following.
+        family: Identity of the widest bundle.
 
     Raises:
         BundleError: A weight is not finite.
@@ -177,9 +216,12 @@ def write_bundle(
         "cost": dict(cost),
         "pruning": dict(pruning),
         "head": list(head),
+        "hidden": list(hidden),
         "variants": list(variants or ()),
         "files": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
     }
+    if stops:
+        manifest |= {"stops": list(stops), "family": family}
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
         (folder / name).write_bytes(data)
@@ -214,14 +256,49 @@ def read_bundle(folder: Path) -> Bundle:
             cost=manifest["cost"],
             pruning=manifest["pruning"],
             head=tuple(manifest.get("head", ())),
+            hidden=tuple(manifest.get("hidden", ())),
             variants=tuple(manifest.get("variants", ())),
             identity=hashlib.sha256(raw).hexdigest(),
+            stops=tuple(manifest.get("stops", ())),
+            family=manifest.get("family", ""),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BundleError(f"{folder} is not a whole bundle: {type(error).__name__}: {error}") from None
     if (folder / "weights.f32").stat().st_size != 4 * bundle.size:
         raise BundleError(f"{folder / 'weights.f32'} does not hold the {bundle.size} weights of the manifest")
     return bundle
+
+
+def sign_bundle(folder: Path, sign: Callable[[bytes], bytes]) -> None:
+    """Sign a bundle: its manifest, which holds the hash of every other file.
+
+    Args:
+        folder: The bundle.
+        sign: Ed25519, the coordinator's.
+    """
+    beside = folder / f"{SIGNATURE}.new"
+    beside.write_bytes(sign(_CONTEXT + (folder / "manifest.json").read_bytes()))
+    beside.replace(folder / SIGNATURE)
+
+
+def check_signed(bundle: Bundle, key: bytes) -> None:
+    """Refuse a bundle that the owner of ``key`` has not signed as it is.
+
+    Raises:
+        SecurityError: The signature is missing or not that of this manifest.
+    """
+    try:
+        manifest = (bundle.folder / "manifest.json").read_bytes()
+        signature = (bundle.folder / SIGNATURE).read_bytes()
+    except OSError:
+        raise SecurityError(
+            f"{bundle.folder} is not signed, and this device takes signed bundles alone.", hint=_SIGN_AGAIN
+        ) from None
+    same = hashlib.sha256(manifest).hexdigest() == bundle.identity
+    if not same or not is_signed(_CONTEXT + manifest, signature, key=key):
+        raise SecurityError(
+            f"{bundle.folder} was not signed as it is by this device's coordinator.", hint=_SIGN_AGAIN
+        )
 
 
 def _variant_file(variant: str) -> str:

@@ -12,14 +12,19 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.grid import RESERVE_STEPS, Segment, Term, displacer, move
-from edge_agent.head import chosen
+from edge_agent.grid import RESERVE_STEPS, Segment, Term, chunks, displacer, move
+from edge_agent.head import chosen, head_size
+from edge_agent.noise import values
 from edge_agent.optimizer import method_by_code
+from edge_agent.plan import RoundPlan
 from edge_agent.replay import Replica, move_head
-from edge_agent.wire import LARGEST_SCALAR, RoundPlan
+from edge_agent.wire import LARGEST_SCALAR
 from profiles.errors import EstimateError
 
-__all__ = ["Estimate", "batches_per_step", "estimate", "one_sided", "two_point"]
+__all__ = ["Estimate", "Slope", "batches_per_step", "estimate", "one_sided", "two_point"]
+
+Slope = Callable[[NDArray[np.float32]], tuple[float, float]]
+"""Takes a direction of the weights' shape; gives a batch's loss and its slope along it."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +32,9 @@ class Estimate:
     """What one agent measured in one round.
 
     Attributes:
-        scalars: Float32 of shape (K, ``plan.scalars``): a step's projected gradients first.
+        scalars: Float32 of shape (K, ``plan.reply_scalars``): a step's projected gradients first.
         loss: Mean of all losses that were evaluated.
-        forwards: Forward passes that it took.
+        forwards: Forward passes that it took; one with a derivative counts as three.
     """
 
     scalars: NDArray[np.float32]
@@ -70,7 +75,9 @@ def estimate(
     loss_of: Callable[[int], Callable[[], float]],
     *,
     central: bool,
+    share: int = 0,
     head_gradient: Callable[[], NDArray[np.float32]] | None = None,
+    slope_of: Callable[[int], Slope] | None = None,
 ) -> Estimate:
     """Measure what a plan asks in each of K local steps: P projected gradients, and the exact scalars.
 
@@ -84,33 +91,47 @@ def estimate(
             present weights. A step has :func:`batches_per_step` of them.
         central: Two forwards a perturbation and an error of order epsilon**2; else one, and one more a
             step, and an error of order epsilon.
+        share: The agent's share of the perturbations.
         head_gradient: The last layer's gradient of the latest loss, where the plan asks for exact scalars.
+        slope_of: For the n-th batch its loss and exact slope along a direction, where the method has them.
 
     Raises:
         EstimateError: A loss is not finite, or the graph has no such gradient; the replica is as it was.
     """
-    if plan.exact and (head_gradient is None or not replica.head):
+    if plan.exact and (head_gradient is None or not replica.exact_spans(plan)):
         raise EstimateError("the graph of this bundle tells no gradient of its last layer")
-    scalars = np.zeros((plan.steps, plan.scalars), np.float32)
+    scalars = np.zeros((plan.steps, plan.reply_scalars), np.float32)
     losses: list[float] = []
+    forwards = 0
     moves: list[tuple[int, float]] = []
     batches = batches_per_step(plan, central=central)
     try:
         for step in range(plan.steps):
             own = [loss_of(step * batches + n) for n in range(batches)]
-            meter = _Meter(replica, plan, own, losses, head_gradient)
-            scalars[step, : plan.perturbations] = meter.measure(step, central=central)
+            meter = _Meter(replica, plan, own, losses, head_gradient, share)
+            if slope_of is None:
+                scalars[step, : plan.perturbations] = meter.measure(step, central=central)
+            else:
+                scalars[step, : plan.perturbations] = meter.slopes(step, slope_of(step * batches))
+                forwards += 2 * plan.perturbations
             if plan.exact:
                 scalars[step, plan.perturbations :] = meter.exact(step)
             if method_by_code(plan.method).losses:
                 scalars[step, plan.perturbations :] = _candidates(replica, plan, scalars, own[0], losses)
             if step + 1 < plan.steps:
                 moves.append((step, _private_rate(replica, plan, scalars[step])))
-                _move(replica, plan, scalars[step], *moves[-1], direction=1)
+                _move(replica, plan, scalars[step], *moves[-1], share=share, direction=1)
     finally:
         for step, rate in reversed(moves):
-            _move(replica, plan, scalars[step], step, rate, direction=-1)
-    return Estimate(scalars, sum(losses) / len(losses), len(losses))
+            _move(replica, plan, scalars[step], step, rate, share=share, direction=-1)
+    return Estimate(scalars, sum(losses) / len(losses), len(losses) + forwards)
+
+
+def _reached(replica: Replica, plan: RoundPlan, share: int) -> list[tuple[list[int], Sequence[Segment]]]:
+    """Return which of a share's P perturbations, counted from 0, move which part of the weights."""
+    own = plan.numbers(share)
+    found = [([n - own.start for n in numbers if n in own], part) for numbers, part in replica.reach(plan)]
+    return [(numbers, segments) for numbers, segments in found if numbers]
 
 
 class _Meter:
@@ -122,6 +143,7 @@ class _Meter:
         own: The losses of the step's batches: one for each perturbation, or one for all.
         losses: Every loss that is evaluated is added here.
         head_gradient: Of the latest loss.
+        share: The agent's share of the perturbations.
     """
 
     def __init__(
@@ -131,7 +153,9 @@ class _Meter:
         own: Sequence[Callable[[], float]],
         losses: list[float],
         head_gradient: Callable[[], NDArray[np.float32]] | None,
+        share: int,
     ) -> None:
+        self._share = share
         self._replica = replica
         self._plan = plan
         self._own = own
@@ -146,11 +170,11 @@ class _Meter:
         scalars: list[np.float32] = []
         here = 0.0 if central else self._evaluate(0)
         displace: dict[int, Callable[[Sequence[Term]], None]] = {}
-        for numbers, reached in self._replica.reach(plan):
+        for numbers, reached in _reached(self._replica, plan, self._share):
             displace |= dict.fromkeys(numbers, self._displacer(reached))
         last: list[Term] = []  # what brings the replica back, in the reach of the last direction
         try:
-            for number, key in enumerate(plan.keys(step)):
+            for number, key in enumerate(plan.keys(step, self._share)):
                 if last and displace[number] is not displace[number - 1]:
                     displace[number - 1](last)
                     last = []
@@ -168,6 +192,28 @@ class _Meter:
                 displace[min(len(scalars), plan.perturbations - 1)](last)
         return scalars
 
+    def slopes(self, step: int, slope: Slope) -> list[np.float32]:
+        """Return the P slopes of a step's batch along its directions; the replica is only read."""
+        scalars: list[np.float32] = []
+        segments = self._segments()
+        direction = np.zeros(self._replica.weights.size, np.float32)
+        for number, key in enumerate(self._plan.keys(step, self._share)):
+            direction.fill(0)
+            for start, stop, _ in chunks(segments[number]):
+                direction[start:stop] = values(key, start, stop - start)
+            loss, found = slope(direction)
+            self._losses.append(loss)
+            scalars.append(one_sided(found, 0.0, 1.0))
+        return scalars
+
+    def _segments(self) -> list[Sequence[Segment]]:
+        """Return for each perturbation of the share what it moves."""
+        segments = [self._replica.segments] * self._plan.perturbations
+        for numbers, reached in _reached(self._replica, self._plan, self._share):
+            for number in numbers:
+                segments[number] = reached
+        return segments
+
     def exact(self, step: int) -> NDArray[np.float32]:
         """Return the step's coordinates of the last layer's gradient, the mean over its forwards.
 
@@ -175,7 +221,8 @@ class _Meter:
         projected gradients; and no forward is made for it.
         """
         gradient = np.asarray(self._head_total / self._head_count, np.float64)
-        taken = gradient[chosen(self._plan, step, gradient.size)]
+        layers = self._replica.exact_layers(self._plan)
+        taken = gradient[chosen(self._plan, step, [head_size(layer) for layer in layers])]
         if not np.all(np.abs(taken) <= LARGEST_SCALAR):
             raise EstimateError(f"an exact scalar is not finite or beyond {LARGEST_SCALAR:g}")
         return taken.astype(np.float32)
@@ -242,6 +289,7 @@ def _move(
     step: int,
     rate: float,
     *,
+    share: int = 0,
     direction: int,
 ) -> None:
     """Make the private move of a step, or take it back."""
@@ -249,8 +297,8 @@ def _move(
     factors = scalars[: plan.perturbations]
     if method_by_code(plan.method).rule == "sign":
         factors = np.sign(factors)
-    keys = plan.keys(step)
-    for numbers, segments in replica.reach(plan):
+    keys = plan.keys(step, share)
+    for numbers, segments in _reached(replica, plan, share):
         move(
             replica.weights,
             segments,
@@ -263,7 +311,8 @@ def _move(
             threads=replica.threads,
         )
     if plan.exact:
-        move_head(replica, plan, scalars, step=step, limit=limit, direction=direction, bounded=False)
+        exact = scalars[plan.perturbations : plan.perturbations + plan.exact]
+        move_head(replica, plan, exact, step=step, limit=limit, direction=direction, bounded=False)
 
 
 def _quotient(loss: float, other: float, distance: float) -> np.float32:

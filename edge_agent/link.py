@@ -12,13 +12,16 @@ import time
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
 import paho.mqtt.client as mqtt
 from paho.mqtt.enums import CallbackAPIVersion
 
 from profiles.errors import BrokerError
+
+if TYPE_CHECKING:
+    import ssl
 
 __all__ = [
     "Connected",
@@ -120,15 +123,23 @@ class MqttLink:
     """A link over MQTT 3.1.1, QoS 1, clean sessions, reconnecting by itself with full jitter.
 
     Args:
-        url: ``mqtt://HOST[:PORT]``.
+        url: ``mqtt://HOST[:PORT]``, or ``mqtts://HOST[:PORT]`` with ``tls``.
         client_id: Unique at the broker.
         will: Topic and payload that the broker publishes, retained, when the link is lost.
+        tls: Whom to believe and what to show; with it nothing is ever sent in the clear.
 
     Raises:
-        BrokerError: The URL is not of that form.
+        BrokerError: The URL is not of that form, or does not go with ``tls``.
     """
 
-    def __init__(self, url: str, *, client_id: str, will: tuple[str, bytes] | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        client_id: str,
+        will: tuple[str, bytes] | None = None,
+        tls: "ssl.SSLContext | None" = None,
+    ) -> None:
         self.traffic = Traffic()
         self._events: queue.SimpleQueue[Message | Connected | Disconnected] = queue.SimpleQueue()
         self._patterns: list[str] = []
@@ -137,7 +148,7 @@ class MqttLink:
         self._arrived_bytes = 0  # each of these has one writer: the network's thread, and the receiver's
         self._taken_bytes = 0
         self._sent: deque[mqtt.MQTTMessageInfo] = deque()
-        host, port = _address(url)
+        host, port = _address(url, secured=tls is not None)
         self._client = mqtt.Client(
             CallbackAPIVersion.VERSION2, client_id=client_id, clean_session=True, protocol=mqtt.MQTTv311
         )
@@ -145,6 +156,8 @@ class MqttLink:
         self._client.max_inflight_messages_set(100)
         if will is not None:
             self._client.will_set(will[0], will[1], qos=1, retain=True)
+        if tls is not None:
+            self._client.tls_set_context(tls)
         self._client.on_connect = self._on_connect
         self._client.on_disconnect = self._on_disconnect
         self._client.on_connect_fail = self._on_connect_fail
@@ -254,14 +267,25 @@ def _is_over(info: mqtt.MQTTMessageInfo, timeout_s: float = 0.0) -> bool:
         return True
 
 
-def _address(url: str) -> tuple[str, int]:
+def _address(url: str, *, secured: bool) -> tuple[str, int]:
     parts = urlsplit(url)
+    schemes = ("mqtts",) if secured else ("mqtt", "tcp")
     try:
-        port = parts.port or 1883
+        port = parts.port or (8883 if secured else 1883)
     except ValueError:
         port = 0
-    if parts.scheme not in ("mqtt", "tcp") or not parts.hostname or not port:
-        raise BrokerError(f"{url!r} is not a broker's address; the form is mqtt://HOST:PORT")
+    if parts.scheme == "mqtts" and not secured:
+        raise BrokerError(
+            f"{url} wants certificates, and this link has none",
+            hint="Enrol the device (scalarfed enrol), and name its folder of certificates with --security.",
+        )
+    if parts.scheme in ("mqtt", "tcp") and secured:
+        raise BrokerError(
+            f"{url} is not encrypted, and this device is enrolled: it speaks over mqtts:// alone",
+            hint="Name the broker as mqtts://HOST:PORT.",
+        )
+    if parts.scheme not in schemes or not parts.hostname or not port:
+        raise BrokerError(f"{url!r} is not a broker's address; the form is {schemes[0]}://HOST:PORT")
     return parts.hostname, port
 
 

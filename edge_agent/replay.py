@@ -7,6 +7,7 @@ bits. Everything here is elementwise and in a fixed order; see :mod:`edge_agent.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,12 +29,13 @@ from edge_agent.grid import (
     weighted_noise,
     whole_scalars,
 )
-from edge_agent.head import Span, chosen, flat_indices, head_size, outside
+from edge_agent.head import Span, chosen, flat_indices, head_size, outside, taking_part
 from edge_agent.moments import Clock, descend, follow
 from edge_agent.native.kernel import Learning, find_kernel
 from edge_agent.noise import NOISE_VERSION, NoiseKey, hash_words, mix64
 from edge_agent.optimizer import Method, Normaliser, method_by_code
-from edge_agent.wire import RoundPlan, RoundRecord
+from edge_agent.plan import RoundPlan
+from edge_agent.wire import RoundRecord
 from profiles.errors import DigestError, LogError
 
 __all__ = ["Replica", "apply_record", "apply_records", "move_head"]
@@ -62,6 +64,10 @@ class Replica:
         moments: Float32 of shape (rows, size): momentum, or both moments of Adam, then the running mean
             of the weights; None while no method asked for any.
         clock: How far the moments are from their start.
+        layers: Where the tensors of each layer lie, in order.
+        hidden: As ``head``, of the linear layer before the last.
+        stops: Where each width of a family of nets ends in the vector, this replica's own last: a narrower
+            net of the family is the vector up to there. Empty for a net of no family.
     """
 
     weights: NDArray[np.float32]
@@ -74,6 +80,9 @@ class Replica:
     head: tuple[Span, ...] = ()
     moments: NDArray[np.float32] | None = None
     clock: Clock = field(default_factory=Clock)
+    layers: tuple[tuple[Span, ...], ...] = ()
+    hidden: tuple[Span, ...] = ()
+    stops: tuple[int, ...] = ()
     _mask: tuple[tuple[int, float], NDArray[np.uint16]] | None = None
 
     def digest(self) -> int:
@@ -87,6 +96,38 @@ class Replica:
             return digest
         moments = fold(self.moments.reshape(-1).view(np.uint32), threads=self.threads)
         return join(digest, moments, of_floats(self.clock.first, self.clock.second))
+
+    @property
+    def level(self) -> int:
+        """Which width of its family it is, from 0 for the narrowest; 0 without a family."""
+        return max(0, len(self.stops) - 1)
+
+    def at_level(self, level: int) -> "Replica":
+        """Return a narrower replica of the family: a view of this one's weights, with its normaliser.
+
+        It is right until the next record is applied; only the widest may be written.
+        """
+        if level == self.level:
+            return self
+        stop = self.stops[level]
+        return Replica(
+            self.weights[:stop],
+            _within(self.segments, (0, stop)),
+            round=self.round,
+            normaliser=self.normaliser,
+            threads=self.threads,
+            tensors=tuple(span for span in self.tensors if span[1] <= stop),
+            stops=self.stops[: level + 1],
+        )
+
+    def digests(self) -> tuple[int, ...]:
+        """Return the digests of all widths of the family that it holds, its own last."""
+        return tuple(self.at_level(level).digest() for level in range(self.level + 1))
+
+    def shells(self, plan: RoundPlan) -> list[tuple[range, Sequence[Segment]]]:
+        """Return for every level what it adds to the one before: all perturbations, and the segments."""
+        edges = (0, *(self.stops or (self.weights.size,)))
+        return [(range(plan.perturbations), _within(self.segments, span)) for span in pairwise(edges)]
 
     def curvature_for(self, plan: RoundPlan) -> NDArray[np.uint16] | None:
         """Return the curvature that the plan's method divides by; None stands for h = 1.
@@ -102,13 +143,29 @@ class Replica:
             self._mask = (named, _sparse(self.weights.size, *named))
         return self._mask[1]
 
+    def exact_layers(self, plan: RoundPlan) -> list[tuple[Span, ...]]:
+        """Return which layers have exact scalars, each as its spans; each sends a part of them."""
+        method = method_by_code(plan.method)
+        last = method.named(plan.constants).get("layers")
+        if last is not None:
+            return [tuple(span for layer in self.layers[-int(last) :] for span in layer)]
+        layers = [layer for layer in (self.head, self.hidden)[: method.head] if layer]
+        return layers[: taking_part(plan.exact, [head_size(layer) for layer in layers])]
+
+    def exact_spans(self, plan: RoundPlan) -> tuple[Span, ...]:
+        """Return the spans of all weights that have exact scalars, layer by layer."""
+        return tuple(span for layer in self.exact_layers(plan) for span in layer)
+
     def reach(self, plan: RoundPlan) -> list[tuple[range, Sequence[Segment]]]:
         """Return which perturbations of a step move which part of the weights: numbers and segments.
 
-        All move everything, except the last layer where it has exact scalars; in a block-wise method
-        perturbation p moves tensor p mod T alone.
+        All move everything, except what has exact scalars; in a block-wise method perturbation p moves
+        tensor p mod T alone, and in one that deals out the layers those of a share move the share's layers.
         """
-        if method_by_code(plan.method).directions == "block" and self.tensors:
+        directions = method_by_code(plan.method).directions
+        if directions == "layers" and self.layers:
+            return [(plan.numbers(share), self._share(share, plan.shares)) for share in range(plan.shares)]
+        if directions == "block" and self.tensors:
             blocks = min(len(self.tensors), plan.perturbations)
             first = plan.round * plan.perturbations  # so that all tensors have their turn where P < T
             return [
@@ -118,8 +175,17 @@ class Replica:
                 )
                 for block in range(blocks)
             ]
-        body = outside(self.segments, self.head) if plan.exact else self.segments
-        return [(range(plan.perturbations), body)]
+        body = outside(self.segments, sorted(self.exact_spans(plan))) if plan.exact else self.segments
+        return [(plan.numbers(), body)]
+
+    def _share(self, share: int, shares: int) -> list[Segment]:
+        """Return the segments of every ``shares``-th layer; the share after the last layer begins anew."""
+        return [
+            segment
+            for layer in self.layers[share % len(self.layers) :: shares]
+            for span in layer
+            for segment in _within(self.segments, span)
+        ]
 
     def evaluated(self) -> NDArray[np.float32]:
         """Return the weights that are judged and kept: a running mean where the method has one."""
@@ -149,7 +215,8 @@ def apply_record(replica: Replica, record: RoundRecord, *, check: bool = True) -
 
     For each local step w -= eta/P sum_p G_p z_p with z = u / sqrt(h), rounded to the grid; then, where
     the method learns curvature, h <- max((1 - nu) h + nu Dx^2, floor) from the last step's
-    Dx = 1/P sum_p G_p z_p. A skipped round only counts.
+    Dx = 1/P sum_p G_p z_p. In a family of widths, G is the mean over the agents that hold the weight. A
+    skipped round only counts.
 
     Args:
         replica: Changed in place.
@@ -168,14 +235,17 @@ def apply_record(replica: Replica, record: RoundRecord, *, check: bool = True) -
             f"record {plan.round} needs noise version {plan.noise_version}; this release has {NOISE_VERSION}",
             hint="Install the release of scalarfed that wrote the log.",
         )
+    if replica.level >= plan.levels:
+        raise LogError(
+            f"record {plan.round} is for {plan.levels} widths, the replica is number {replica.level + 1}"
+        )
     replica.prepare(plan.method)
     if not record.skipped:
         _update(replica, record)
     replica.round += 1
-    if check and (digest := replica.digest()) != record.digest:
+    if check and (digest := replica.digest()) != (expected := record.digest_at(replica.level)):
         raise DigestError(
-            f"after round {plan.round} the replica has digest {digest:016x}, "
-            f"the record says {record.digest:016x}"
+            f"after round {plan.round} the replica has digest {digest:016x}, the record says {expected:016x}"
         )
 
 
@@ -183,17 +253,23 @@ def _update(replica: Replica, record: RoundRecord) -> None:
     plan = record.plan
     method = method_by_code(plan.method)
     constants = method.named(plan.constants)
-    projected = record.scalars[:, : plan.perturbations]
+    answered = _answered(record)
     rate = plan.learning_rate
-    if constants.get("smoothing", 0.0) > 0:
+    if constants.get("smoothing", 0.0) > 0 and answered:
+        projected = record.scalars[:, answered]
         replica.normaliser.observe([float(g) for g in projected.reshape(-1)], constants["smoothing"])
         rate = replica.normaliser.divide(rate)
     replica.clock.tick(constants)
     learning = Learning(0.0, constants.get("nu", 0.0), max(constants.get("floor", 0.0), _SMALLEST_CURVATURE))
     of_steps = [plan.keys(step) for step in range(plan.steps)]
-    for numbers, segments in replica.reach(plan):
+    places = replica.shells(plan) if method.nested else replica.reach(plan)
+    for level, (reached, segments) in enumerate(places):
+        numbers = [number for number in reached if number in answered]
+        if not numbers:
+            continue
+        own = record.scalars[:, level * plan.perturbations :] if method.nested else record.scalars
         keys = [[of_step[number] for number in numbers] for of_step in of_steps]
-        parts = [whole_scalars(_directed(method, plan, scalars)[numbers]) for scalars in record.scalars]
+        parts = [whole_scalars(_directed(method, plan, scalars)[numbers]) for scalars in own]
         wholes = np.stack([whole for whole, _ in parts])
         if method.moments:
             _remember(replica, segments, keys[0], parts[0], rate, constants)
@@ -203,12 +279,26 @@ def _update(replica: Replica, record: RoundRecord) -> None:
         _descend(replica, plan, segments, keys, wholes, amounts, learning)
     if plan.exact:
         for step in range(plan.steps):
-            move_head(replica, plan, record.scalars[step], step=step, limit=RESERVE_STEPS)
+            exact = record.scalars[step, plan.projected : plan.projected + plan.exact]
+            move_head(replica, plan, exact, step=step, limit=RESERVE_STEPS)
+
+
+def _answered(record: RoundRecord) -> Sequence[int]:
+    """Return the numbers of the perturbations that somebody measured: a share of zeros had no answer."""
+    plan = record.plan
+    if plan.shares == 1:
+        return plan.numbers()
+    return [
+        number
+        for share in range(plan.shares)
+        for number in plan.numbers(share)
+        if record.scalars[:, plan.numbers(share)].any()
+    ]
 
 
 def _directed(method: Method, plan: RoundPlan, scalars: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return the factors of a step's directions: its projected gradients, or what the rule makes of them."""
-    projected = scalars[: plan.perturbations]
+    projected = scalars[: plan.projected]
     if method.rule == "sign":
         return np.sign(projected)
     if method.rule == "conservative":
@@ -234,7 +324,7 @@ def move_head(
     Args:
         replica: Changed in place.
         plan: Of the round.
-        scalars: All of the step; the exact ones follow the projected gradients.
+        scalars: The step's exact ones.
         step: Local step.
         limit: Grid steps that a weight may be displaced by.
         direction: +1, or -1 to take a private move back.
@@ -242,16 +332,14 @@ def move_head(
             be cut off.
     """
     rate = np.float32(method_by_code(plan.method).named(plan.constants)["head_rate"])
-    places = chosen(plan, step, head_size(replica.head))
-    words = np.concatenate(
-        [rounding_words(plan.keys(step)[0], start, stop - start) for start, stop in replica.head]
-    )
-    exact = scalars[plan.perturbations : plan.perturbations + plan.exact]
+    spans = replica.exact_spans(plan)
+    places = chosen(plan, step, [head_size(layer) for layer in replica.exact_layers(plan)])
+    words = np.concatenate([rounding_words(plan.keys(step)[0], start, stop - start) for start, stop in spans])
     nudge(
         replica.weights,
         replica.segments,
-        flat_indices(places, replica.head),
-        rate * exact,
+        flat_indices(places, spans),
+        rate * scalars,
         words[places],
         limit=limit,
         direction=direction,

@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from edge_agent.__main__ import main as run_agent
+from edge_agent.commands import Commands
+from edge_agent.credentials import client_context, read_credentials
 from edge_agent.heartbeat import Heartbeat
-from edge_agent.link import MqttLink
+from edge_agent.link import Message, MqttLink
 from edge_agent.telemetry import read_telemetry
 from edge_agent.topics import Topics
-from profiles.errors import ConfigError, ScalarfedError
+from profiles.errors import ConfigError, ScalarfedError, SecurityError
 
 __all__ = ["SAFE_AFTER", "StartCounter", "agent_arguments", "main"]
 
@@ -31,6 +33,7 @@ SAFE_AFTER = 5
 
 _STATE = Path("/var/lib/scalarfed")
 _OPT = Path("/opt/scalarfed")
+_SECURITY = "security"
 _TRIAL_S = 600.0
 _SAFE_S = 900.0
 _UNREACHED_S = 300.0
@@ -102,6 +105,7 @@ def agent_arguments(settings: Mapping[str, Any], *, state: Path = _STATE) -> lis
         *("--run", str(settings["run"]), "--name", str(settings["name"])),
         *("--bundle", str(state / "bundle"), "--data", str(data), "--state", str(state)),
         *("--profile", str(settings.get("profile") or ""), "--memory-mib", str(settings["memory_mib"])),
+        *(("--security", str(state / _SECURITY)) if settings.get("security") else ()),
     ]
 
 
@@ -109,27 +113,37 @@ def main(arguments: Sequence[str] | None = None, *, state: Path = _STATE, opt: P
     """Run the agent as its settings say; return the exit code.
 
     Args:
-        arguments: The settings file, and the state folder where it is not ``/var/lib/scalarfed``.
+        arguments: The settings file; then the state folder where it is not ``/var/lib/scalarfed``, and where
+            releases lie if not in ``/opt/scalarfed``.
         state: The state folder unless named in ``arguments``.
         opt: Where releases lie.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if not 1 <= len(words) <= 2:
-        print("usage: python -m edge_agent.service SETTINGS [STATE]", file=sys.stderr)
+    if not 1 <= len(words) <= 3:
+        print("usage: python -m edge_agent.service SETTINGS [STATE [RELEASES]]", file=sys.stderr)
         return 2
     state = Path(words[1]) if len(words) > 1 else state
+    opt = Path(words[2]) if len(words) > 2 else opt
     counter = StartCounter(state)
     try:
         settings: dict[str, Any] = json.loads(Path(words[0]).read_text(encoding="utf-8"))
+        commands = Commands(state, opt=opt, key=str(settings.get("signing_key") or ""))
         if counter.count() > SAFE_AFTER:
-            return _stay_safe(settings, counter, state)
+            return _stay_safe(settings, counter, state, commands)
         heart = Heartbeat(on_joined=lambda: _on_joined(counter, state, opt))
         trial = (opt / "trial").exists()
         watch = threading.Thread(
             target=_watch, args=(heart, counter, state, trial), name="start", daemon=True
         )
         watch.start()
-        code = run_agent(agent_arguments(settings, state=state), heart=heart, on_failure=counter.failed)
+        if (state / _SECURITY / "ticket.json").exists():
+            heart.ready("waiting to be enrolled")  # for as long as it takes: that is no failed start
+        code = run_agent(
+            agent_arguments(settings, state=state),
+            heart=heart,
+            on_failure=counter.failed,
+            commands=commands,
+        )
     except ScalarfedError as error:
         counter.failed(str(error))
         print(f"{error}\nhint: {error.hint}", file=sys.stderr)
@@ -171,8 +185,8 @@ def _watch(heart: Heartbeat, counter: StartCounter, state: Path, trial: bool) ->
             os._exit(_GAVE_UP)
 
 
-def _stay_safe(settings: Mapping[str, Any], counter: StartCounter, state: Path) -> int:
-    """Report and do nothing else for a while; then end, so that the next start tries again."""
+def _stay_safe(settings: Mapping[str, Any], counter: StartCounter, state: Path, commands: Commands) -> int:
+    """Report, obey commands and do nothing else for a while; then end, so that the next start tries again."""
     logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(message)s", stream=sys.stdout)
     starts, last_words = counter.read()
     _LOG.warning("safe mode after %d starts without joining: %s", starts - 1, last_words or "no last words")
@@ -181,21 +195,39 @@ def _stay_safe(settings: Mapping[str, Any], counter: StartCounter, state: Path) 
     told = {"name": name, "state": "safe mode", "starts": starts, "last_words": _printable(last_words)}
     will = json.dumps({"name": name, "state": "offline"}).encode()
     heart = Heartbeat()
+    heart.ready("safe mode")
+    deadline = time.monotonic() + _SAFE_S
+    ordered = topics.command(name)
+    tls = None
+    if settings.get("security"):
+        try:
+            mine = read_credentials(state / _SECURITY)
+            tls = client_context(mine.ca, mine.certificate, mine.key)
+        except SecurityError as error:  # nobody would let it in: the card alone can tell
+            _LOG.warning("%s", error)
+            while time.monotonic() < deadline:
+                heart.progress()
+                time.sleep(1.0)
+            counter.joined()
+            return 0
     link = MqttLink(
         str(settings["broker"]),
         client_id=f"{settings['run']}-{name}",
         will=(topics.status(name), will),
+        tls=tls,
     )
-    heart.ready("safe mode")
-    deadline = time.monotonic() + _SAFE_S
+    link.subscribe(ordered)
     said_at = float("-inf")
     try:
         while time.monotonic() < deadline:
             event = link.receive(1.0)
             heart.progress()
-            if event is not None or time.monotonic() - said_at >= 60:
+            if isinstance(event, Message) and event.topic == ordered:
+                commands.obey(event.payload)
+            commands.tick()
+            if event is not None or time.monotonic() - said_at >= 10:
                 said_at = time.monotonic()
-                status = told | {"telemetry": read_telemetry(disk=state)}
+                status = told | commands.status() | {"telemetry": read_telemetry(disk=state)}
                 link.publish(topics.status(name), json.dumps(status).encode(), retain=True)
     finally:
         link.close()

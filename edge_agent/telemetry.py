@@ -25,15 +25,20 @@ def read_telemetry(*, root: Path = Path("/"), disk: Path | None = None) -> dict[
         disk: A folder whose disk's free space is wanted.
 
     Returns:
-        Of these, what there is: ``temperature_c`` (the hottest zone), ``throttled`` (what holds now),
-        ``throttled_since_boot``, ``power_w``, ``gpu_load`` (0 to 1), ``gpu_mib``, ``ram_mib``,
-        ``available_mib``, ``swap_used_mib``, ``load_1min``, ``uptime_s``, ``disk_free_mib``.
+        Of these, what there is: ``temperature_c`` (the hottest zone), ``battery_percent`` (the emptiest),
+        ``throttled`` (what holds now), ``throttled_since_boot``, ``power_w``, ``gpu_load`` (0 to 1),
+        ``gpu_mib``, ``ram_mib``, ``available_mib``, ``swap_used_mib``, ``load_1min``, ``uptime_s``,
+        ``disk_free_mib``.
     """
     told: dict[str, float | list[str]] = {}
     zones = [_number(zone / "temp") for zone in sorted((root / "sys/class/thermal").glob("thermal_zone*"))]
     hot = [zone / 1000 for zone in zones if zone is not None and -40_000 < zone < 150_000]
     if hot:
         told["temperature_c"] = round(max(hot), 1)
+    charge = [_number(supply / "capacity") for supply in (root / "sys/class/power_supply").glob("*")]
+    charged = [percent for percent in charge if percent is not None and 0 <= percent <= 100]
+    if charged:
+        told["battery_percent"] = min(charged)
     told |= _throttling(root)
     told |= _power(root)
     told |= _memory(root)

@@ -2,7 +2,7 @@
 
 ``<namespace>/<run>/`` and then: ``r/<shard>`` the open round, retained · ``u/<shard>/<agent>`` replies ·
 ``st/<agent>`` presence, retained, last will · ``q/<agent>`` asks for a slice of the log ·
-``a/<agent>`` answers · ``ctl`` configuration of the run, retained.
+``a/<agent>`` answers · ``c/<agent>`` commands to a board · ``ctl`` configuration of the run, retained.
 """
 
 import re
@@ -60,3 +60,12 @@ class Topics:
     def answer(self, agent: str) -> str:
         """Return where an agent gets the records that it asked for."""
         return f"{self.base}a/{agent}"
+
+    def command(self, agent: str) -> str:
+        """Return where an operator tells a board what to do."""
+        return f"{self.base}c/{agent}"
+
+    def is_coordinators(self, topic: str) -> bool:
+        """Return whether a topic of the run is one on which only the coordinator speaks."""
+        rest = topic.removeprefix(self.base)
+        return rest != topic and (rest == "ctl" or rest.startswith(("r/", "a/")))

@@ -10,25 +10,32 @@ program computes with is what a record says.
 
 import struct
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.noise import NOISE_VERSION, NoiseKey
+from edge_agent.cohort import (
+    BATCH_BYTES,
+    Cohort,
+    decode_batches,
+    decode_uncounted,
+    encode_batches,
+    encode_uncounted,
+)
 from edge_agent.optimizer import METHODS, method_by_code
+from edge_agent.plan import RoundPlan
 from profiles.errors import WireError
 
 __all__ = [
     "LARGEST_SCALAR",
     "MAX_MESSAGE",
     "MAX_SCALARS",
+    "MAX_SHARES",
     "WIRE_VERSION",
-    "Cohort",
     "Reply",
     "RoundOpen",
-    "RoundPlan",
     "RoundRecord",
     "Slice",
     "SliceRequest",
@@ -47,12 +54,16 @@ MAX_MESSAGE = 1 << 20
 MAX_SCALARS = 0xFFFF
 """No round asks for more: a reply counts its scalars with 16 bits."""
 
+MAX_SHARES = 255
+"""No plan deals the agents into more shares."""
+
 LARGEST_SCALAR = 1e9
 """A projected gradient or loss beyond this is no estimate of anything."""
 
 _PLAN = struct.Struct("<IQBBBBHHff")
 _RECORD = struct.Struct("<HBQ")
 _OPEN = struct.Struct("<BBHHHBBIH")
+_COUNT = struct.Struct("<H")
 _REPLY = struct.Struct("<BBHIHHIfIQ")
 _SLICE = struct.Struct("<BBHIH")
 _REQUEST = struct.Struct("<BBHI")
@@ -60,54 +71,6 @@ _REQUEST = struct.Struct("<BBHI")
 _SNAPSHOT = struct.Struct("<BBH")
 
 _KIND_OPEN, _KIND_REPLY, _KIND_SLICE, _KIND_REQUEST, _KIND_SNAPSHOT = 1, 2, 3, 4, 5
-
-
-def _single(value: float) -> float:
-    """Return the float32 nearest to ``value`` as a Python float."""
-    return float(np.float32(value))
-
-
-@dataclass(frozen=True)
-class RoundPlan:
-    """What a round asks for, and all that its replay needs beside the scalars.
-
-    Attributes:
-        round: Number of the round, from 0.
-        seed: Noise seed, 64 bits.
-        method: Code of the method; see :data:`edge_agent.optimizer.METHODS`.
-        steps: Local steps K, 1 to 255.
-        perturbations: Perturbations a step P, 1 to 65535.
-        epsilon: Step of the finite difference, > 0.
-        learning_rate: Learning rate of this round, >= 0.
-        constants: The method's constants in its order.
-        exact: Exact scalars a step Q: coordinates of the last layer's gradient; 0 for none.
-        noise_version: Which bits the noise has.
-    """
-
-    round: int
-    seed: int
-    method: int
-    steps: int
-    perturbations: int
-    epsilon: float
-    learning_rate: float
-    constants: tuple[float, ...] = ()
-    exact: int = 0
-    noise_version: int = NOISE_VERSION
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "epsilon", _single(self.epsilon))
-        object.__setattr__(self, "learning_rate", _single(self.learning_rate))
-        object.__setattr__(self, "constants", tuple(_single(value) for value in self.constants))
-
-    @property
-    def scalars(self) -> int:
-        """Scalars of a local step: P projected gradients, then what else the plan asks."""
-        return self.perturbations + self.exact + method_by_code(self.method).losses
-
-    def keys(self, step: int) -> list[NoiseKey]:
-        """Return the noise keys of a local step's P perturbations."""
-        return [NoiseKey(self.seed, self.round, step, number) for number in range(self.perturbations)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,8 +81,11 @@ class RoundRecord:
         plan: What was asked.
         epoch: Incarnation of the coordinator that closed the round.
         skipped: No quorum came together; replay only counts the round.
-        scalars: Aggregated scalars, float32 of shape (K, ``plan.scalars``); zeros when skipped.
-        digest: Of the replica after this record.
+        scalars: Aggregated scalars, float32 of shape (K, ``plan.scalars``); zeros when skipped. In a
+            family of widths those of the narrowest come first: the mean over all agents, then over those that
+            hold the next width, and so on.
+        digest: Of the replica after this record; in a family, of the widest.
+        narrower: In a family, the digests of the other widths, the narrowest first.
     """
 
     plan: RoundPlan
@@ -127,38 +93,26 @@ class RoundRecord:
     skipped: bool
     scalars: NDArray[np.float32]
     digest: int
+    narrower: tuple[int, ...] = ()
+
+    @property
+    def digests(self) -> tuple[int, ...]:
+        """The digests of all widths, the narrowest first."""
+        return (*self.narrower, self.digest)
+
+    def ending(self, digests: tuple[int, ...]) -> "RoundRecord":
+        """Return the record with the digests of all widths, the narrowest first."""
+        return replace(self, digest=digests[-1], narrower=digests[:-1])
+
+    def digest_at(self, level: int) -> int:
+        """Return the digest of a replica of a level, the narrowest being 0."""
+        return self.digests[min(level, len(self.narrower))]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, RoundRecord) and encode_record(self) == encode_record(other)
 
     def __hash__(self) -> int:
         return hash(encode_record(self))
-
-
-@dataclass(frozen=True)
-class Cohort:
-    """The agents that a round asks, as a set of agent numbers; None means every agent."""
-
-    members: frozenset[int] | None = None
-
-    def __contains__(self, agent: int) -> bool:
-        return self.members is None or agent in self.members
-
-    def to_bytes(self) -> bytes:
-        """Return one bit an agent, lowest number first; nothing at all for everybody."""
-        if self.members is None:
-            return b""
-        bits = bytearray(max(self.members, default=0) // 8 + 1)
-        for member in self.members:
-            bits[member // 8] |= 1 << member % 8
-        return bytes(bits)
-
-    @classmethod
-    def from_bytes(cls, bits: bytes) -> "Cohort":
-        """Return the cohort that :meth:`to_bytes` wrote."""
-        if not bits:
-            return cls()
-        return cls(frozenset(8 * i + j for i, byte in enumerate(bits) for j in range(8) if byte >> j & 1))
 
 
 @dataclass(frozen=True)
@@ -174,6 +128,9 @@ class RoundOpen:
         closing: The run ends here: catch up, report, do not estimate.
         deadline_ms: Time left from the first announcement.
         cohort: Who is asked.
+        batches: Agents that take fewer samples than ``batch_size``, with how many.
+        uncounted: Agents that were asked in the round before and whose reply did not count; everybody else's
+            did. This acknowledges replies.
         records: The newest records, ending with round ``plan.round - 1``.
     """
 
@@ -186,6 +143,12 @@ class RoundOpen:
     deadline_ms: int
     cohort: Cohort
     records: tuple[RoundRecord, ...] = ()
+    batches: Mapping[int, int] = field(default_factory=dict)
+    uncounted: frozenset[int] = frozenset()
+
+    def batch_of(self, agent: int) -> int:
+        """Return the samples of a local step for an agent."""
+        return self.batches.get(agent, self.batch_size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,7 +161,7 @@ class Reply:
         loss: Mean loss over the samples and forwards, or NaN if the estimate failed.
         peak_kib: Largest resident size of the agent's process so far.
         digest: Of the agent's replica before the round.
-        scalars: Float32 of shape (K * ``plan.scalars``,), step by step; empty if it failed.
+        scalars: Float32 of shape (K * ``plan.reply_scalars``,), step by step; empty if it failed.
     """
 
     epoch: int
@@ -245,7 +208,8 @@ def encode(message: RoundOpen | Reply | Slice | SliceRequest | Snapshot) -> byte
     """Return the bytes of a message."""
     if isinstance(message, RoundOpen):
         cohort = message.cohort.to_bytes()
-        flags = message.central | message.closing << 1
+        flags = message.central | message.closing << 1 | bool(message.batches) << 2
+        flags |= bool(message.uncounted) << 3
         head = _OPEN.pack(
             WIRE_VERSION,
             _KIND_OPEN,
@@ -257,7 +221,10 @@ def encode(message: RoundOpen | Reply | Slice | SliceRequest | Snapshot) -> byte
             message.deadline_ms,
             len(cohort),
         )
-        return head + cohort + _encode_plan(message.plan) + b"".join(map(encode_record, message.records))
+        more = encode_batches(message.batches) + encode_uncounted(message.uncounted)
+        return (
+            head + cohort + _encode_plan(message.plan) + more + b"".join(map(encode_record, message.records))
+        )
     if isinstance(message, Reply):
         scalars = message.scalars.astype("<f4").tobytes()
         head = _REPLY.pack(
@@ -312,8 +279,11 @@ def decode(data: bytes) -> RoundOpen | Reply | Slice | SliceRequest | Snapshot:
 
 
 def encode_record(record: RoundRecord) -> bytes:
-    """Return the bytes of a record: its plan, then epoch, flags, digest and the float32 scalars."""
+    """Return the bytes of a record: its plan, then epoch, flags, digest or digests, the float32 scalars."""
+    if len(record.narrower) != record.plan.levels - 1:
+        raise ValueError(f"{record.plan.levels} levels and {len(record.narrower)} digests of narrower ones")
     head = _RECORD.pack(record.epoch, int(record.skipped), record.digest)
+    head += struct.pack(f"<{len(record.narrower)}Q", *record.narrower)
     scalars = b"" if record.skipped else record.scalars.astype("<f4").tobytes()
     return _encode_plan(record.plan) + head + scalars
 
@@ -378,12 +348,16 @@ def _read_plan(reader: _Reader) -> RoundPlan:
         raise WireError(f"method {method} has {len(rule.constants)} constants, the plan {count}")
     if exact and not rule.head:
         raise WireError(f"method {method} has no exact scalars, the plan {exact}")
-    if not (steps and perturbations and steps * (perturbations + exact + rule.losses) <= MAX_SCALARS):
-        raise WireError(
-            f"a plan has 1 to {MAX_SCALARS} scalars, got {steps} times {perturbations} and {exact} exact ones"
-        )
     if not (0 < epsilon < np.inf and 0 <= rate < np.inf and all(np.isfinite(constants))):
         raise WireError(f"epsilon {epsilon}, learning rate {rate} or a constant {constants} is out of range")
+    shares, levels = rule.named(tuple(constants)).get("shares", 1.0), rule.levels(tuple(constants))
+    if not (1 <= shares <= MAX_SHARES and levels):
+        raise WireError(f"{shares} shares or {levels} levels are out of range")
+    projected = int(shares) * int(perturbations) * levels
+    if not (steps and perturbations and steps * (projected + exact + rule.losses) <= MAX_SCALARS):
+        raise WireError(
+            f"a plan has 1 to {MAX_SCALARS} scalars, got {steps} times {projected} and {exact} exact ones"
+        )
     return RoundPlan(
         round=int(round_),
         seed=int(seed),
@@ -410,10 +384,11 @@ def _read_record(reader: _Reader) -> RoundRecord:
     epoch, flags, digest = reader.unpack(_RECORD)
     if flags not in (0, 1):
         raise WireError(f"record flags {flags} are unknown")
+    narrower = struct.unpack(f"<{plan.levels - 1}Q", reader.take(8 * (plan.levels - 1)))
     count = plan.steps * plan.scalars
     scalars = np.zeros(count, np.float32) if flags else _read_scalars(reader, count)
     shaped = scalars.reshape(plan.steps, plan.scalars)
-    return RoundRecord(plan, int(epoch), bool(flags), shaped, int(digest))
+    return RoundRecord(plan, int(epoch), bool(flags), shaped, int(digest), narrower)
 
 
 def _read_records(reader: _Reader, count: int, first: int) -> tuple[RoundRecord, ...]:
@@ -427,8 +402,14 @@ def _decode_open(reader: _Reader) -> RoundOpen:
     _, _, epoch, attempt, batch, flags, count, deadline, size = reader.unpack(_OPEN)
     cohort = Cohort.from_bytes(reader.take(int(size)))
     plan = _read_plan(reader)
-    if int(flags) > 3 or batch < 1:
+    if int(flags) > 15 or batch < 1:
         raise WireError(f"flags {flags} or batch size {batch} is out of range")
+    batches: dict[int, int] = {}
+    uncounted: frozenset[int] = frozenset()
+    if int(flags) & 4:
+        batches = decode_batches(_take_counted(reader, BATCH_BYTES), int(batch))
+    if int(flags) & 8:
+        uncounted = decode_uncounted(_take_counted(reader, 1))
     records = _read_records(reader, int(count), plan.round - int(count))
     return RoundOpen(
         plan=plan,
@@ -439,8 +420,16 @@ def _decode_open(reader: _Reader) -> RoundOpen:
         closing=bool(int(flags) & 2),
         deadline_ms=int(deadline),
         cohort=cohort,
+        batches=batches,
+        uncounted=uncounted,
         records=records,
     )
+
+
+def _take_counted(reader: _Reader, size: int) -> bytes:
+    """Return as many times ``size`` bytes as the next 16 bits count."""
+    (count,) = reader.unpack(_COUNT)
+    return reader.take(int(count) * size)
 
 
 def _decode_reply(reader: _Reader) -> Reply:

@@ -35,6 +35,13 @@ _SESSION_PER_GRAPH_BYTE = 25.0  # nodes and kernels: a graph of 147 KB takes 3.7
 _SCRATCH = 1.05  # what kernels pack and unfold beside the buffers between them
 _THREAD_MIB = 0.2  # the touched part of a stack and of an allocator's arena
 _DIFFERENCES = ("central", "forward")
+_TORCH = {
+    # MiB of torch and onnx beside the agent's imports, of torch's own pages once it has run, and what a
+    # pass holds of the activations: upper bounds from LeNet, ResNet-20 and WRN-10-2 at batches 8 and 64.
+    "": (0.0, 0.0, 1.0),
+    "gradient": (190.0, 20.0, 3.3),
+    "slope": (190.0, 95.0, 7.0),
+}
 
 
 @dataclass(frozen=True)
@@ -139,12 +146,18 @@ class Budget:
         flops_per_round: FLOPs in one round.
         flops_per_day: FLOPs in 24 hours.
         bytes_per_day: Bytes on the wire, both ways, in 24 hours.
+        temperature_c: The board's hottest zone.
+        battery_percent: The charge below which the board is left alone.
+        energy_wh_per_day: Watt-hours in 24 hours, where the board reports its power.
     """
 
     memory_mib: float | None = None
     flops_per_round: int | None = None
     flops_per_day: int | None = None
     bytes_per_day: int | None = None
+    temperature_c: float | None = None
+    battery_percent: float | None = None
+    energy_wh_per_day: float | None = None
 
     def exceeded(self, spent: Spent) -> list[str]:
         """Return one sentence for each limit that ``spent`` exceeds, with both numbers."""
@@ -197,6 +210,7 @@ def predict_peak_mib(
     chunk_bytes: int = 2 * _MIB,
     graph_bytes: int = 50_000,
     imports_mib: float = _IMPORTS_MIB,
+    autodiff: str = "",
 ) -> Prediction:
     """Predict the peak resident memory of an agent that trains, in MiB, within 10 %.
 
@@ -210,6 +224,8 @@ def predict_peak_mib(
         chunk_bytes: Buffers of noise and replay, which do not grow with the net.
         graph_bytes: Length of ``graph.onnx``.
         imports_mib: Resident memory after the imports; an agent can say its own.
+        autodiff: What torch computes on the board: nothing, a "slope" along a direction (which is a vector
+            as large as the weights) or a "gradient" of the last layers.
 
     Raises:
         ValueError: A count is less than it can be.
@@ -218,12 +234,14 @@ def predict_peak_mib(
         raise ValueError(f"batch_size {batch_size} and threads {threads} must be at least 1")
     if min(curvature_bytes_per_param, data_bytes, chunk_bytes, graph_bytes, imports_mib) < 0:
         raise ValueError("sizes must not be negative")
-    activations = [_SCRATCH * cost.activation_bytes(n) / _MIB for n in (batch_size, batch_size + 1)]
+    torch_mib, torch_pages_mib, held = _TORCH[autodiff]
+    activations = [held * _SCRATCH * cost.activation_bytes(n) / _MIB for n in (batch_size, batch_size + 1)]
+    curvature_bytes_per_param += 4.0 * (autodiff == "slope")
     return Prediction(
         batch_size=batch_size,
         per_sample=activations[1] - activations[0],
-        imports=imports_mib,
-        session=_SESSION_MIB + _SESSION_PER_GRAPH_BYTE * graph_bytes / _MIB,
+        imports=imports_mib + torch_mib,
+        session=torch_pages_mib + _SESSION_MIB + _SESSION_PER_GRAPH_BYTE * graph_bytes / _MIB,
         weights=cost.weight_bytes / _MIB,
         curvature=cost.params * curvature_bytes_per_param / _MIB,
         activations=activations[0],

@@ -140,7 +140,7 @@ class FlashError(ScalarfedError):
 class SecurityError(ScalarfedError):
     """A certificate, token, key or signature is not what it must be, or a channel is not protected."""
 
-    hint = "docs/security.md tells how a board is enrolled, and what to do when a key is lost."
+    hint = "See docs/security.md: how a board is enrolled, and what to do when a key is lost."
     exit_code = 22
 
 

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from coordinator.rounds import Rounds, Terms
+from coordinator.actions import Terms
+from coordinator.ledger import Ledger
+from coordinator.rounds import Rounds
 from coordinator.scalar_log import ScalarLog
 from coordinator.service import Service
 from edge_agent.agent import Agent, Report
@@ -14,9 +16,10 @@ from edge_agent.estimator import estimate
 from edge_agent.grid import plan_segments, snap
 from edge_agent.link import Connected, MemoryBroker, MemoryLink, Message
 from edge_agent.optimizer import METHODS
+from edge_agent.plan import RoundPlan
 from edge_agent.replay import Replica
 from edge_agent.topics import Topics, shard_of
-from edge_agent.wire import Reply, RoundPlan, SliceRequest, encode
+from edge_agent.wire import Reply, SliceRequest, encode
 
 SIZE = 256
 BUNDLE = "b" * 64
@@ -101,13 +104,16 @@ class BoardInMemory:
 class FleetInMemory:
     """A coordinator and its boards; every turn handles all messages that are under way."""
 
+    masked = False
+    board = BoardInMemory
+
     def __init__(self, folder: Path, *, boards: int = 3, rounds: int = 12, **options) -> None:
         self.folder = folder
         self.rounds_wanted = rounds
         self.options = options
         self.now = 1000.0
         self.broker = MemoryBroker()
-        self.boards = [BoardInMemory(f"board-{n}", self.broker) for n in range(boards)]
+        self.boards = [self.board(f"board-{n}", self.broker) for n in range(boards)]
         path = folder / "log.sqlite"
         self.log = ScalarLog.open(path) if path.exists() else ScalarLog.create(path, {"bundle": BUNDLE})
         self.log.set_agents([(n, board.name, "generic", None, None) for n, board in enumerate(self.boards)])
@@ -131,6 +137,7 @@ class FleetInMemory:
             replica=replica,
             recent=list(self.log.records(max(0, replica.round - 4))),
             seed=7,
+            ledger=self.ledger(),
         )
         self.service = Service(
             link=self.coordinator_link,
@@ -139,9 +146,14 @@ class FleetInMemory:
             rounds=self.rounds,
             agents=[board.name for board in self.boards],
             bundle_identity=BUNDLE,
+            masked=self.masked,
             clock=lambda: self.now,
         )
         self.service.start()
+
+    def ledger(self) -> Ledger | None:
+        """Return the books of the fleet, for tests that have some."""
+        return None
 
     def terms_of(self, round_: int) -> Terms:
         """Return the terms of a round, for tests that change them."""

@@ -12,8 +12,9 @@ from onnx import TensorProto, helper
 
 from coordinator.scalar_log import ScalarLog
 from edge_agent.bundle import flat_layout, write_bundle
+from edge_agent.plan import RoundPlan
 from edge_agent.replay import apply_record
-from edge_agent.wire import Reply, RoundPlan, RoundRecord
+from edge_agent.wire import Reply, RoundRecord
 from profiles.cost import graph_cost
 
 __all__ = ["make_replayable_run", "make_run"]
@@ -115,11 +116,11 @@ def _end(folder: Path, names: list[str], rounds: int) -> None:
     (folder / "bundle" / "manifest.json").write_text(json.dumps({"model": "mlp", "pruning": pruning}))
 
 
-def make_replayable_run(folder: Path, *, rounds: int = 5) -> Path:
+def make_replayable_run(folder: Path, *, rounds: int = 5, seed: int = 3) -> Path:
     """Make a run of a linear net with 4 inputs and 3 classes, whose records lead where they say."""
     tensors, size = flat_layout([("weight", (4, 3)), ("bias", (3,))])
     weights = np.zeros(size, np.float32)
-    rng = np.random.default_rng(3)
+    rng = np.random.default_rng(seed)
     for tensor in tensors:
         weights[tensor.offset : tensor.offset + tensor.size] = rng.normal(0, 0.5, tensor.size)
     bundle = write_bundle(

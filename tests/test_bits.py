@@ -5,8 +5,9 @@ import pytest
 
 from edge_agent.grid import Segment, Term, bf16_to_float, inverse_root, perturb, rounding_words, whole_scalars
 from edge_agent.noise import NoiseKey, hash_words, values
+from edge_agent.plan import RoundPlan
 from edge_agent.replay import Replica, apply_record
-from edge_agent.wire import RoundPlan, RoundRecord
+from edge_agent.wire import RoundRecord
 
 KEY = NoiseKey(1, 2, 3, 4)
 

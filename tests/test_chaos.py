@@ -20,7 +20,8 @@ def test_no_round_is_lost_in_a_storm():
     done = subprocess.run(
         [
             sys.executable,
-            "benchmarks/chaos.py",
+            "-m",
+            "benchmarks.chaos",
             *["--seed", "11", "--rounds", "50", "--faults", "16", "--limit-s", "240"],
         ],
         cwd=ROOT,

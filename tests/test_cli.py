@@ -242,8 +242,8 @@ def test_sigterm_stops_as_ctrl_c_does():
     """A run that is asked to end by the system gets the chance to stop in order."""
     done = in_python(
         "import os, signal",
-        "from coordinator.cli.testbed import _stopping_in_order",
-        "with _stopping_in_order():",
+        "from coordinator.cli.testbed import stopping_in_order",
+        "with stopping_in_order():",
         "    try:",
         "        os.kill(os.getpid(), signal.SIGTERM); signal.pause()",
         "    except KeyboardInterrupt:",

@@ -7,7 +7,8 @@ import pytest
 
 from coordinator.scalar_log import ScalarLog
 from edge_agent.optimizer import METHODS
-from edge_agent.wire import Reply, RoundPlan, RoundRecord
+from edge_agent.plan import RoundPlan
+from edge_agent.wire import Reply, RoundRecord
 from profiles.errors import DigestError, LogError
 
 

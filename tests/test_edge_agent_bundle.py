@@ -7,9 +7,10 @@ import pytest
 
 from edge_agent.bundle import flat_layout, read_bundle, write_bundle
 from edge_agent.optimizer import METHODS
+from edge_agent.plan import RoundPlan
 from edge_agent.replay import apply_record
 from edge_agent.state import load_replica, save_replica
-from edge_agent.wire import RoundPlan, RoundRecord
+from edge_agent.wire import RoundRecord
 from profiles.errors import BundleError, StateError
 
 

@@ -9,8 +9,9 @@ from edge_agent.estimator import estimate, one_sided, two_point
 from edge_agent.grid import plan_segments, snap
 from edge_agent.noise import values
 from edge_agent.optimizer import METHODS
+from edge_agent.plan import RoundPlan
 from edge_agent.replay import Replica, apply_record, apply_records
-from edge_agent.wire import RoundPlan, RoundRecord
+from edge_agent.wire import RoundRecord
 from profiles.errors import DigestError, EstimateError, LogError
 
 SIZE = 2000

@@ -5,13 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from edge_agent.cohort import Cohort
 from edge_agent.optimizer import METHODS
+from edge_agent.plan import RoundPlan
 from edge_agent.wire import (
     MAX_MESSAGE,
-    Cohort,
     Reply,
     RoundOpen,
-    RoundPlan,
     RoundRecord,
     Slice,
     SliceRequest,
@@ -62,6 +62,25 @@ def test_golden_bytes_of_a_round_announcement():
     assert encode(OPEN) == bytes.fromhex(head) + encode_record(record(9, 2))[:40] + encode_record(
         record(8, 2)
     )
+
+
+def test_golden_bytes_of_smaller_batches_and_of_acknowledgements():
+    """Both follow the plan, each behind its own flag; without them the bytes are as before."""
+    told = replace(OPEN, batches={1: 8, 3: 4}, uncounted=frozenset({0, 9}))
+    plain, more = encode(OPEN).hex(), encode(told).hex()
+    assert plain[16:18] == "01"
+    assert more[16:18] == "0d"
+    rest = "0200" "01000000" "0800" "03000000" "0400" "0200" "0102"  # fmt: skip
+    plan_ends = 2 * (18 + 40)
+    assert more[18:] == plain[18:plan_ends] + rest + plain[plan_ends:]
+    assert decode(encode(told)) == told
+
+
+@pytest.mark.parametrize("batches", [{1: 16}, {1: 17}, {1: 0}])
+def test_a_batch_that_is_not_smaller_is_refused(batches):
+    """A batch for one agent is at least one sample and less than the round's."""
+    with pytest.raises(WireError, match="smaller"):
+        decode(encode(replace(OPEN, batches=batches)))
 
 
 def test_golden_bytes_of_a_request_and_a_slice():

@@ -16,6 +16,7 @@ needs_fat = pytest.mark.skipif(not (MKFS and FSCK), reason="dosfstools and mtool
 def bench(tmp_path, monkeypatch):
     """Return a folder with a bundle, a book of its own and a cache of wheels."""
     monkeypatch.setenv("SCALARFED_BOOK", str(tmp_path / "boards.json"))
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "share"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     make_cache(tmp_path / "cache/scalarfed/wheels", Target("3.11"), Target("3.13"))
     make_bundle(tmp_path / "run")

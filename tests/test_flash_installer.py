@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.flash.payload import REQUIREMENTS, Target, own_wheel
-from tests.flash_bench import TOKEN, make_board
+from coordinator.flash.payload import REQUIREMENTS, Target, make_payload, own_wheel
+from coordinator.flash.settings import Credentials, Settings
+from tests.flash_bench import TOKEN, InstalledBoard, make_board, make_bundle, make_real_cache
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -226,12 +227,25 @@ def test_a_report_does_not_wear_out_the_card(releases):
 # ------------------------------------------------------------------------------------------- the unit
 
 
-def test_the_unit_keeps_the_budget(boot):
-    """MemoryMax is the budget, swap is off, the watchdog is on, and no placeholder is left."""
-    unit = (boot / "scalarfed-agent.service").read_text()
+@pytest.fixture(scope="module")
+def units(tmp_path_factory):
+    """Return the units of an installed board."""
+    folder = tmp_path_factory.mktemp("units")
+    target = Target(".".join(platform.python_version_tuple()[:2]), platform.machine())
+    settings = Settings("pi-1", "mqtt://192.0.2.1", "linear", 96, credentials=Credentials(TOKEN))
+    payload = make_payload(
+        target, settings, bundle=make_bundle(folder / "run"), cache=make_real_cache(folder / "cache", target)
+    )
+    InstalledBoard(folder / "root").install(payload, folder / "boot")
+    return folder / "root/etc/systemd/system"
+
+
+def test_the_unit_keeps_the_budget(units):
+    """MemoryMax is the budget of board.json, swap is off, the watchdog is on, no placeholder is left."""
+    unit = (units / "scalarfed-agent.service").read_text()
     lines = unit.splitlines()
 
-    assert "MemoryMax=128M" in lines
+    assert "MemoryMax=96M" in lines
     assert {"MemorySwapMax=0", "Type=notify", "WatchdogSec=120", "Restart=always", "OOMPolicy=stop"} <= set(
         lines
     )
@@ -239,17 +253,15 @@ def test_the_unit_keeps_the_budget(boot):
     assert TOKEN not in unit
 
 
-def test_systemd_takes_the_unit(boot):
+@pytest.mark.parametrize("name", ["scalarfed-agent.service", "scalarfed-care.service", "scalarfed-care.path"])
+def test_systemd_takes_the_unit(units, name):
     """systemd-analyze finds nothing but that the program is not here."""
     try:
         done = subprocess.run(
-            ["systemd-analyze", "verify", str(boot / "scalarfed-agent.service")],
-            capture_output=True,
-            text=True,
-            check=False,
+            ["systemd-analyze", "verify", str(units / name)], capture_output=True, text=True, check=False
         )
     except FileNotFoundError:
         pytest.skip("systemd-analyze is not installed")
-    said = [line for line in done.stderr.splitlines() if "scalarfed-agent.service" in line]
+    said = [line for line in done.stderr.splitlines() if "scalarfed-" in line]
 
     assert [line for line in said if "is not executable" not in line] == []

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def home(tmp_path, monkeypatch):
     """Return a folder with a bundle and samples, and the user's folders turned into it."""
     monkeypatch.setenv("SCALARFED_BOOK", str(tmp_path / "boards.json"))
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "share"))
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     make_bundle(tmp_path / "run")

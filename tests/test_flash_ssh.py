@@ -109,6 +109,7 @@ def test_a_server_that_does_not_let_us_in_is_named(server, me):
 def test_a_machine_without_systemd_is_refused(server, me, tmp_path, monkeypatch, capsys):
     """Nothing is copied to a machine that could not keep the agent running."""
     monkeypatch.setenv("SCALARFED_BOOK", str(tmp_path / "boards.json"))
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "share"))
     make_bundle(tmp_path / "run")
     bare = tmp_path / "bare"
     bare.mkdir()
@@ -147,6 +148,7 @@ def test_a_jetson_is_fine():
 def test_end_to_end_into_a_root_of_its_own(server, me, tmp_path, monkeypatch, capsys):
     """Looked at, copied, installed by the real installer; the release joins, trains, and is updated."""
     monkeypatch.setenv("SCALARFED_BOOK", str(tmp_path / "boards.json"))
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "share"))
     bundle = make_bundle(tmp_path / "run")
     data = make_data(tmp_path / "samples.npz")
     root = tmp_path / "root"

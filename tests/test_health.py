@@ -8,8 +8,9 @@ import pytest
 from coordinator.health import Health
 from edge_agent.grid import Segment
 from edge_agent.optimizer import METHODS
+from edge_agent.plan import RoundPlan
 from edge_agent.replay import Replica
-from edge_agent.wire import RoundPlan, RoundRecord
+from edge_agent.wire import RoundRecord
 
 SIZE = 400
 

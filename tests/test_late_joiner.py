@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from fleet import BUNDLE, TOPICS, FleetInMemory, fresh_replica
 
-from coordinator.rounds import Rounds, Terms
+from coordinator.actions import Terms
+from coordinator.rounds import Rounds
 from coordinator.scalar_log import ScalarLog
 from coordinator.service import Service
 from edge_agent.agent import Agent
@@ -15,10 +16,11 @@ from edge_agent.estimator import Estimate
 from edge_agent.grid import plan_segments, snap
 from edge_agent.link import MemoryBroker, MemoryLink, Message
 from edge_agent.optimizer import METHODS
+from edge_agent.plan import RoundPlan
 from edge_agent.replay import Replica, apply_record
 from edge_agent.state import read_replica, replica_bytes
 from edge_agent.topics import Topics
-from edge_agent.wire import RoundPlan, RoundRecord, Snapshot, decode, encode, encode_record
+from edge_agent.wire import RoundRecord, Snapshot, decode, encode, encode_record
 
 
 def restore(state: bytes) -> Replica | None:

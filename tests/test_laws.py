@@ -10,8 +10,9 @@ from edge_agent.estimator import estimate
 from edge_agent.grid import plan_segments, snap
 from edge_agent.noise import NoiseKey, hash_words, values
 from edge_agent.optimizer import METHODS
+from edge_agent.plan import RoundPlan
 from edge_agent.replay import Replica, apply_record, apply_records
-from edge_agent.wire import RoundPlan, RoundRecord, decode_record, encode_record
+from edge_agent.wire import RoundRecord, decode_record, encode_record
 from profiles.errors import DigestError, EstimateError
 
 TENSORS, SIZE = flat_layout([("first", (3000, 11)), ("bias", (7,)), ("last", (10, 5))])

@@ -9,9 +9,10 @@ from edge_agent.estimator import estimate
 from edge_agent.grid import plan_segments, snap
 from edge_agent.noise import values
 from edge_agent.optimizer import METHODS, method_by_code
+from edge_agent.plan import RoundPlan
 from edge_agent.replay import Replica, apply_record
 from edge_agent.state import load_replica, save_replica
-from edge_agent.wire import RoundPlan, RoundRecord
+from edge_agent.wire import RoundRecord
 
 SIZE = 1280
 TENSORS = ((0, 640), (640, 1000), (1008, 1280))
@@ -52,7 +53,7 @@ class Reference:
         z, c = directions(asked), METHODS[method].named(asked.constants)
         self.t += 1
         mean = g[: len(z)] @ z / len(z)
-        if method in ("mezo", "fedmezo", "zo-sgd"):
+        if method in ("mezo", "fedmezo", "zo-sgd", "forward-gradient"):
             self.w -= RATE * mean
         elif method == "zo-sign":
             self.w -= RATE * np.sign(g) @ z / len(z)
@@ -84,7 +85,7 @@ class Reference:
 @pytest.mark.parametrize(
     "method",
     [
-        *("mezo", "fedmezo", "zo-sgd", "zo-sign", "zo-momentum", "zo-adam", "baffle"),
+        *("mezo", "fedmezo", "zo-sgd", "forward-gradient", "zo-sign", "zo-momentum", "zo-adam", "baffle"),
         *("zo-conservative", "zo-block"),
     ],
 )

@@ -14,8 +14,9 @@ import pytest
 from edge_agent import digest
 from edge_agent.grid import Segment
 from edge_agent.native.build import SOURCES, build
+from edge_agent.plan import RoundPlan
 from edge_agent.replay import Replica, apply_record
-from edge_agent.wire import RoundPlan, RoundRecord
+from edge_agent.wire import RoundRecord
 
 PROGRAM = Path(__file__).with_name("native_bits.c")
 SIZE, STEPS, PERTURBATIONS = 9008, 2, 5

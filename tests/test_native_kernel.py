@@ -16,8 +16,9 @@ from edge_agent.native.build import SOURCES, build
 from edge_agent.native.kernel import Kernel, find_kernel, kernel_name, load_kernels
 from edge_agent.native.library import library_name
 from edge_agent.noise import NoiseKey
+from edge_agent.plan import RoundPlan
 from edge_agent.replay import Replica, apply_record
-from edge_agent.wire import RoundPlan, RoundRecord
+from edge_agent.wire import RoundRecord
 from profiles.errors import ConfigError
 
 PATHS = ["scalar", "neon", "dotprod"]

@@ -202,6 +202,31 @@ def test_a_quorum_closes_without_the_absent(tmp_path):
     assert fleet.now - begun < 60.0
 
 
+def test_replies_are_acknowledged_by_the_next_round(tmp_path):
+    """Every agent learns of each of its replies but the last whether it counted."""
+    fleet = FleetInMemory(tmp_path, rounds=10)
+    fleet.run()
+    assert [(board.agent.counted, board.agent.uncounted) for board in fleet.boards] == [(10, 0)] * 3
+
+
+def test_a_reply_that_did_not_count_is_not_acknowledged(tmp_path):
+    """A straggler's board learns that its late reply did not count, and nobody else does."""
+    fleet = FleetInMemory(tmp_path, rounds=6, quorum=2, deadline_s=1.0)
+    slow = fleet.boards[0]
+    fleet.run(until=lambda: fleet.rounds.replica.round == 2)
+    held = []
+    publish = slow.link.publish
+    slow.link.publish = lambda topic, payload, **rest: (
+        held.append((topic, payload)) if "/u/" in topic else publish(topic, payload, **rest)
+    )
+    fleet.run(until=lambda: fleet.rounds.replica.round == 3)
+    slow.link.publish = publish
+    fleet.run()
+    assert held
+    assert slow.agent.uncounted >= 1
+    assert [board.agent.uncounted for board in fleet.boards[1:]] == [0, 0]
+
+
 def test_a_smaller_cohort_asks_others_each_round(tmp_path):
     """With a cohort of one of three, every board is asked at some time and all replicas agree."""
     fleet = FleetInMemory(tmp_path, cohort=1)

@@ -15,8 +15,9 @@ from edge_agent.grid import Segment, Term, displacer
 from edge_agent.native.kernel import kernel_name
 from edge_agent.noise import NoiseKey
 from edge_agent.optimizer import METHODS
+from edge_agent.plan import RoundPlan
 from edge_agent.replay import Replica, apply_record
-from edge_agent.wire import RoundPlan, RoundRecord
+from edge_agent.wire import RoundRecord
 
 __all__ = ["measure_passes", "medians"]
 

@@ -14,6 +14,7 @@ from coordinator.cli import (
     ctl,
     devices,
     doctor,
+    enrol,
     fit,
     flash,
     log,
@@ -21,9 +22,12 @@ from coordinator.cli import (
     prune,
     replay,
     report,
+    serve,
     simulate,
     swarm,
     testbed,
+    tune,
+    update,
 )
 from profiles.errors import ScalarfedError
 
@@ -44,9 +48,15 @@ app = typer.Typer(
 app.add_typer(testbed.app, name="testbed")
 app.add_typer(flash.app, name="flash")
 app.add_typer(devices.app, name="devices")
+app.command(name="update", epilog=update.EXAMPLE)(update.update)
+devices.app.command(name="certificates", epilog=enrol.LIST_EXAMPLE)(enrol.certificates)
+devices.app.command(name="revoke", epilog=enrol.REVOKE_EXAMPLE)(enrol.revoke)
+app.command(name="serve", epilog=serve.EXAMPLE)(serve.serve)
+app.command(name="enrol", epilog=enrol.EXAMPLE)(enrol.enrol)
 app.command(name="ctl", epilog=ctl.EXAMPLE)(ctl.ctl)
 app.command(name="doctor", epilog=doctor.EXAMPLE)(doctor.doctor)
 app.command(name="simulate", epilog=simulate.EXAMPLE)(simulate.simulate)
+app.command(name="tune", epilog=tune.EXAMPLE)(tune.tune)
 app.add_typer(log.app, name="log")
 app.command(name="replay", epilog=replay.EXAMPLE)(replay.replay)
 app.command(name="report", epilog=report.EXAMPLE)(report.report)

@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from coordinator.boards import Board
 
-__all__ = ["app", "list_devices", "logs", "rename", "show"]
+__all__ = ["app", "list_devices", "locate", "logs", "rename", "show"]
 
 app = typer.Typer(no_args_is_help=True, help="The boards that were flashed from here, and how they are.")
 
@@ -102,6 +102,29 @@ def rename(
     board = _board(name)
     rename_board(board.name, "" if shown_as == board.name else shown_as)
     typer.echo(f"{board.name} is shown as {shown_as}")
+
+
+@app.command(epilog="Example: scalarfed devices locate pi-kitchen")
+def locate(
+    name: _Name,
+    seconds: Annotated[int, typer.Option(min=1, max=60, help="How long.")] = 20,
+    broker: _Broker = "",
+) -> None:
+    """Let a board's activity light blink, so that you see which one it is."""
+    from coordinator.update import MqttRoom
+    from profiles.errors import FlashError
+
+    board = _board(name)
+    room = MqttRoom(broker or board.broker, namespace=board.namespace, run=board.run)
+    try:
+        said = room.ask(board.name, {"do": "locate", "seconds": seconds}, within_s=15.0)
+    finally:
+        room.close()
+    if said is None:
+        raise FlashError(
+            f"{name} does not answer", hint=f"`scalarfed doctor {board.name}` says what is wrong with it."
+        )
+    typer.echo(f"{name}: {said}")
 
 
 def _board(name: str) -> "Board":

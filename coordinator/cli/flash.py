@@ -70,6 +70,14 @@ _Ssid = Annotated[
 _Country = Annotated[
     str, typer.Option(metavar="CC", help="The Wi-Fi's country, two letters.", show_default=False)
 ]
+_Enrol = Annotated[
+    str,
+    typer.Option(
+        metavar="URL",
+        help="Where a board of an mqtts:// broker gets its certificate.",
+        show_default="https at port 8443 of the broker's host",
+    ),
+]
 _Wait = Annotated[
     float, typer.Option("--wait", metavar="S", help="How long to wait for the board's first message.")
 ]
@@ -98,6 +106,7 @@ def card(
     profile: _Profile = "",
     memory_mib: _Memory = None,
     replace: _Replace = "",
+    enrol: _Enrol = "",
     python: _Python = "",
     format_: _Format = "",
     again: _Again = False,
@@ -122,6 +131,7 @@ def card(
         profile=profile,
         memory_mib=memory_mib,
         replace=replace,
+        enrol=enrol,
     )
     wifi = wifi_of(wifi_ssid, wifi_country)
     volume = FolderVolume(place)
@@ -150,6 +160,7 @@ def image(
     profile: _Profile = "",
     memory_mib: _Memory = None,
     replace: _Replace = "",
+    enrol: _Enrol = "",
     python: _Python = "",
     format_: _Format = "",
     again: _Again = False,
@@ -176,6 +187,7 @@ def image(
         profile=profile,
         memory_mib=memory_mib,
         replace=replace,
+        enrol=enrol,
     )
     wifi = wifi_of(wifi_ssid, wifi_country)
     if source.suffix != ".xz":  # a packed one must be unpacked before it can be looked at
@@ -223,6 +235,7 @@ def ssh(
     profile: _Profile = "",
     memory_mib: _Memory = None,
     replace: _Replace = "",
+    enrol: _Enrol = "",
     port: Annotated[int, typer.Option(help="The SSH port.")] = 22,
     option: Annotated[
         list[str] | None,
@@ -256,6 +269,7 @@ def ssh(
             profile=profile,
             memory_mib=memory_mib,
             replace=known,
+            enrol=enrol,
         )
         target = machine.target(memory_mib=plan.settings.memory_mib)
         _tick(f"{host} is {machine.arch}, Python {machine.python}, {machine.ram_mib:.0f} MiB of RAM")
@@ -462,8 +476,7 @@ def _await(plan: "Plan", within_s: float) -> None:
 
 
 def _ask() -> None:
-    from coordinator.flash.plan import mounted_cards
-    from coordinator.flash.settings import own_addresses
+    from coordinator.cli.wizard import ask
     from profiles.errors import FlashError
 
     if not sys.stdin.isatty():
@@ -471,19 +484,11 @@ def _ask() -> None:
             "there is no terminal to ask questions on",
             hint="Use `scalarfed flash card`, `image`, `ssh` or `local` with options.",
         )
-    cards = mounted_cards()
-    place = typer.prompt(
-        "1/4  Card (its mounted partition) or USER@HOST", default=str(cards[0]) if cards else None
-    )
-    name = typer.prompt("2/4  Name of the board, such as pi-kitchen")
-    bundle = Path(typer.prompt("3/4  Bundle, the folder `bundle` of a run"))
-    addresses = own_addresses()
-    suggested = f"mqtt://{addresses[0]}:1883" if addresses else None
-    broker = typer.prompt("4/4  Broker, as the board reaches it", default=suggested)
-    if "@" in place:
-        ssh(place, name=name, broker=broker, bundle=bundle)
+    said = ask()
+    if said.place is None:
+        ssh(said.host, name=said.name, broker=said.broker, bundle=said.bundle)
     else:
-        card(Path(place), name=name, broker=broker, bundle=bundle)
+        card(said.place, name=said.name, broker=said.broker, bundle=said.bundle)
 
 
 def _tick(text: str) -> None:

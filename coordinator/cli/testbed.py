@@ -13,7 +13,7 @@ import typer
 if TYPE_CHECKING:
     from coordinator.progress import Observer
 
-__all__ = ["app", "observing", "run"]
+__all__ = ["app", "observing", "run", "status", "stopping_in_order"]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -49,6 +49,10 @@ def run(
         str | None,
         typer.Option(metavar="URL", help="Use a running MQTT broker, mqtt://HOST:PORT.", show_default=False),
     ] = None,
+    insecure: Annotated[
+        bool,
+        typer.Option("--insecure", help="Let messages go over a network in the clear: for one of your own."),
+    ] = False,
 ) -> None:
     """Prune, export, start a broker and the agents, train, and write the report.
 
@@ -59,10 +63,11 @@ def run(
     from coordinator.config import load_experiment
 
     overrides = [*(settings or []), *([f'broker.url="{broker}"'] if broker else [])]
+    overrides += ['broker.security="insecure"'] if insecure else []
     chosen = load_experiment(experiment, overrides)
     folder = out or Path("runs") / chosen.name
     try:
-        with observing(silent=as_json) as observer, _stopping_in_order():
+        with observing(silent=as_json) as observer, stopping_in_order():
             from coordinator.testbed import run_testbed
 
             summary = run_testbed(chosen, out=folder.resolve(), resume=resume, observer=observer)
@@ -73,6 +78,47 @@ def run(
         typer.echo(json.dumps(summary))
     else:
         _show(summary, folder)
+
+
+@app.command(epilog="Example: scalarfed testbed status runs/digits")
+def status(
+    run: Annotated[Path, typer.Argument(help="The run folder.", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Print a run's ledger: what each board was to spend, what it spent, what is left, who is left out.
+
+    Reads the log; the run may be going on.
+    """
+    from dataclasses import asdict
+
+    from coordinator.history import read_history
+
+    history = read_history(run)
+    if as_json:
+        rows = [
+            asdict(entry) | {"flops_left": entry.flops_left, "bytes_left": entry.bytes_left}
+            for entry in history.books
+        ]
+        typer.echo(json.dumps({"rounds": len(history.rounds), "ledger": rows}))
+        return
+    typer.echo(f"{len(history.rounds)} rounds are closed")
+    width = max((len(entry.agent) for entry in history.books), default=5)
+    typer.echo(
+        f"{'agent':{width}}  {'batch':>5}  {'MiB: predicted':>14}  {'measured':>8}  {'allowed':>7}  "
+        f"{'FLOPs: predicted':>16}  {'spent':>9}  {'left':>9}  {'bytes: spent':>12}  {'left':>9}  left out"
+    )
+    for entry in history.books:
+        typer.echo(
+            f"{entry.agent:{width}}  {entry.batch_size:5d}  {entry.peak_predicted_mib:14.1f}  "
+            f"{entry.peak_measured_mib:8.1f}  {_figure(entry.memory_mib):>7}  "
+            f"{_figure(entry.flops_predicted):>16}  {_figure(entry.flops_spent):>9}  "
+            f"{_figure(entry.flops_left):>9}  {_figure(entry.bytes_spent):>12}  "
+            f"{_figure(entry.bytes_left):>9}  {entry.refused or 'no'}"
+        )
+
+
+def _figure(value: float | None) -> str:
+    return "any" if value is None else f"{value:.4g}"
 
 
 @contextlib.contextmanager
@@ -95,7 +141,7 @@ def observing(*, silent: bool) -> Iterator["Observer"]:
 
 
 @contextlib.contextmanager
-def _stopping_in_order() -> Iterator[None]:
+def stopping_in_order() -> Iterator[None]:
     """Let SIGTERM stop a run as Ctrl-C does."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+from coordinator.authority import Authority, default_folder
 from coordinator.flash.settings import Settings
 from edge_agent.bundle import read_bundle
 from profiles.errors import FlashError
@@ -51,6 +52,8 @@ def prepare_local(settings: Settings, *, bundle: Path, data: Path | None, folder
     shutil.copytree(bundle, folder / "bundle")
     if data is not None:
         shutil.copyfile(data, folder / "data.npz")
+    if settings.broker.startswith("mqtts://"):
+        Authority(default_folder()).device_identity(settings.name, folder / "security")
     path = folder / "board.json"
     path.unlink(missing_ok=True)
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:

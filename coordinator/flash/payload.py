@@ -7,7 +7,9 @@ and are kept in a cache; our own is made here from the two lower floors, which i
 import base64
 import hashlib
 import importlib.metadata
+import importlib.util
 import io
+import json
 import os
 import re
 import shutil
@@ -22,9 +24,20 @@ from pathlib import Path
 import profiles
 from coordinator.flash.settings import Settings
 from edge_agent.bundle import read_bundle
+from edge_agent.native.build import SOURCES, build
 from profiles.errors import FlashError
 
-__all__ = ["REQUIREMENTS", "Payload", "Target", "cache_folder", "fetch_wheels", "make_payload", "own_wheel"]
+__all__ = [
+    "REQUIREMENTS",
+    "Payload",
+    "Target",
+    "board_kernel",
+    "cache_folder",
+    "fetch_wheels",
+    "make_payload",
+    "make_update",
+    "own_wheel",
+]
 
 REQUIREMENTS = ("numpy>=1.26", "onnxruntime>=1.20", "paho-mqtt>=2.1,<3", "psutil>=5.9")
 """What the agent imports; the same as in ``pyproject.toml``."""
@@ -32,7 +45,11 @@ REQUIREMENTS = ("numpy>=1.26", "onnxruntime>=1.20", "paho-mqtt>=2.1,<3", "psutil
 _TEMPLATES = Path(__file__).parent / "board"
 _FLOORS = ("edge_agent", "profiles")
 _GLIBC = ("2_17", "2_24", "2_27", "2_28", "2_31", "2_34", "2_35", "2_36")
-_WATCHDOG_S = 120
+_SCRIPTS = (
+    *("install.sh", "guard.sh", "care.sh"),
+    *("scalarfed-agent.service", "scalarfed-care.service", "scalarfed-care.path"),
+)
+_OLDEST_GLIBC = 28  # of numpy's and onnxruntime's wheels too
 _EPOCH = (2020, 1, 1, 0, 0, 0)
 
 
@@ -133,8 +150,47 @@ def fetch_wheels(target: Target, *, cache: Path | None = None) -> list[Path]:
     return sorted(folder.glob("*.whl"))
 
 
-def own_wheel() -> tuple[str, bytes]:
-    """Return the name and the bytes of a wheel with all that a board runs; equal sources, equal bytes."""
+def board_kernel(arch: str, *, cache: Path | None = None) -> bytes | None:
+    """Return the compiled kernel for a board's processor, or None where nothing here can compile for it.
+
+    Compiled once, by the zig of the package ``ziglang`` or by ``ARCH-linux-gnu-gcc``, and kept in the cache.
+    A kernel that would need a newer C library than the oldest supported board has is not used.
+
+    Args:
+        arch: As ``uname -m`` says there.
+        cache: Where it is kept; beside :func:`cache_folder` where left out.
+    """
+    sources = sorted(path for path in SOURCES.iterdir() if path.suffix in (".c", ".h"))
+    told = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:8]
+    kept = (cache or cache_folder().parent / "kernels") / f"{arch}-{told}.so"
+    if not kept.is_file():
+        compiler = _compiler_for(arch)
+        if not compiler:
+            return None
+        try:
+            build(kept, compiler=compiler, machine=arch)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+    found = kept.read_bytes()
+    needs = max((int(minor) for minor in re.findall(rb"GLIBC_2\.(\d+)", found)), default=0)
+    return found if needs <= _OLDEST_GLIBC else None
+
+
+def _compiler_for(arch: str) -> list[str]:
+    if importlib.util.find_spec("ziglang") is not None:
+        return [sys.executable, "-m", "ziglang", "cc", "-target", f"{arch}-linux-gnu.2.17"]
+    found = shutil.which(f"{arch}-linux-gnu-gcc")
+    return [found] if found else []
+
+
+def own_wheel(arch: str = "", *, cache: Path | None = None) -> tuple[str, bytes]:
+    """Return the name and the bytes of a wheel with all that a board runs; equal sources, equal bytes.
+
+    Args:
+        arch: The board's processor, for the compiled kernel; without one, or where it cannot be compiled, the
+            board computes the same bits with numpy.
+        cache: For :func:`board_kernel`.
+    """
     try:
         version = importlib.metadata.version("scalarfed")
     except importlib.metadata.PackageNotFoundError:
@@ -146,14 +202,19 @@ def own_wheel() -> tuple[str, bytes]:
         for path in sorted((root / floor).rglob("*"))
         if path.is_file() and path.suffix not in (".pyc", ".so", ".o") and "__pycache__" not in path.parts
     }
+    kernel = board_kernel(arch, cache=cache) if arch else None
+    tag = f"py3-none-manylinux_2_{_OLDEST_GLIBC}_{arch}" if kernel else "py3-none-any"
+    if kernel:
+        files["edge_agent/native/libscalarfed.so"] = kernel
     info = f"scalarfed-{version}.dist-info"
     needs = "".join(f"Requires-Dist: {requirement}\n" for requirement in REQUIREMENTS)
     files[f"{info}/METADATA"] = (
         f"Metadata-Version: 2.1\nName: scalarfed\nVersion: {version}\n{needs}".encode()
     )
     files[f"{info}/WHEEL"] = (
-        b"Wheel-Version: 1.0\nGenerator: scalarfed\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-    )
+        "Wheel-Version: 1.0\nGenerator: scalarfed\n"
+        f"Root-Is-Purelib: {'false' if kernel else 'true'}\nTag: {tag}\n"
+    ).encode()
     rows = [
         f"{name},sha256={base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b'=').decode()},{len(data)}"
         for name, data in files.items()
@@ -163,7 +224,7 @@ def own_wheel() -> tuple[str, bytes]:
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in files.items():
             archive.writestr(zipfile.ZipInfo(name, _EPOCH), data, zipfile.ZIP_DEFLATED)
-    return f"scalarfed-{version}-py3-none-any.whl", out.getvalue()
+    return f"scalarfed-{version}-{tag}.whl", out.getvalue()
 
 
 def make_payload(
@@ -182,16 +243,8 @@ def make_payload(
         BundleError: The bundle is damaged.
         FlashError: Wheels cannot be had, or there is no such data file.
     """
-    read_bundle(bundle)
-    wheels = {wheel.name: wheel.read_bytes() for wheel in fetch_wheels(target, cache=cache)}
-    name, own = own_wheel()
-    wheels[name] = own
-    digest = hashlib.sha256("".join(_sha256(wheels[key]) for key in sorted(wheels)).encode()).hexdigest()
-    release = f"{name.split('-')[1]}-{digest[:8]}"
-    files = {f"wheels/{key}": content for key, content in sorted(wheels.items())}
-    for path in sorted(bundle.iterdir()):
-        if path.is_file():
-            files[f"bundle/{path.name}"] = path.read_bytes()
+    files, release = _release(target, cache)
+    files |= _bundle_files(bundle)
     if data is not None:
         if not data.is_file():
             raise FlashError(
@@ -199,21 +252,52 @@ def make_payload(
                 hint="Give this board's .npz, or --data board:/path/on/the/board for samples that are there.",
             )
         files["data.npz"] = data.read_bytes()
-    unit = (_TEMPLATES / "scalarfed-agent.service").read_text(encoding="utf-8")
-    unit = unit.replace("@MEMORY_MIB@", f"{settings.memory_mib:.0f}").replace(
-        "@WATCHDOG_S@", str(_WATCHDOG_S)
-    )
-    unpacked = sum(_unpacked(content) for content in wheels.values())
-    files |= {
-        "install.sh": (_TEMPLATES / "install.sh").read_bytes(),
-        "guard.sh": (_TEMPLATES / "guard.sh").read_bytes(),
-        "scalarfed-agent.service": unit.encode(),
-        "release": f"{release} {target.arch} {target.python}\n".encode(),
-        "unpacked_kib": f"{unpacked // 1024 + len(own) // 1024}\n".encode(),
-        "board.json": settings.to_json(),
-    }
+    files["board.json"] = settings.to_json()
     files["MANIFEST"] = "".join(f"{_sha256(files[key])}  {key}\n" for key in sorted(files)).encode()
     return Payload(files, release)
+
+
+def make_update(
+    target: Target, *, bundle: Path | None = None, run: str = "", cache: Path | None = None
+) -> Payload:
+    """Return what a board takes over that has been flashed before: no settings of its own, no samples.
+
+    Args:
+        target: The boards' Python and architecture.
+        bundle: Another bundle; the boards keep theirs where left out.
+        run: The run of that bundle; the boards stay in theirs where left out.
+        cache: Where wheels are kept; :func:`cache_folder` where left out.
+
+    Raises:
+        BundleError: The bundle is damaged.
+        FlashError: Wheels cannot be had.
+    """
+    files, release = _release(target, cache)
+    if bundle is not None:
+        files |= _bundle_files(bundle)
+    if run:
+        files["settings.json"] = (json.dumps({"run": run}) + "\n").encode()
+    return Payload(files, release)
+
+
+def _release(target: Target, cache: Path | None) -> tuple[dict[str, bytes], str]:
+    """Return the files that are the same for every board of a kind, and the release's name."""
+    wheels = {wheel.name: wheel.read_bytes() for wheel in fetch_wheels(target, cache=cache)}
+    name, own = own_wheel(target.arch)
+    wheels[name] = own
+    digest = hashlib.sha256("".join(_sha256(wheels[key]) for key in sorted(wheels)).encode()).hexdigest()
+    release = f"{name.split('-')[1]}-{digest[:8]}"
+    unpacked = sum(_unpacked(content) for content in wheels.values())
+    files = {f"wheels/{key}": content for key, content in sorted(wheels.items())}
+    files |= {file: (_TEMPLATES / file).read_bytes() for file in _SCRIPTS}
+    files["release"] = f"{release} {target.arch} {target.python}\n".encode()
+    files["unpacked_kib"] = f"{unpacked // 1024 + len(own) // 1024}\n".encode()
+    return files, release
+
+
+def _bundle_files(bundle: Path) -> dict[str, bytes]:
+    read_bundle(bundle)
+    return {f"bundle/{path.name}": path.read_bytes() for path in sorted(bundle.iterdir()) if path.is_file()}
 
 
 def _sha256(data: bytes) -> str:

@@ -8,6 +8,7 @@ import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 
@@ -28,6 +29,8 @@ __all__ = [
 ]
 
 _ON_BOARD = "board:"
+_ENROL_PORT = 8443
+_TOKEN_S = 7 * 86400.0  # a card may lie in a drawer for some days
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ def make_plan(
     profile: str = "",
     memory_mib: float | None = None,
     replace: str = "",
+    enrol: str = "",
     local: bool = False,
 ) -> list[Plan]:
     """Return a plan per name.
@@ -69,6 +73,8 @@ def make_plan(
         profile: Name of the boards' profile.
         memory_mib: Budget; the profile's where left out.
         replace: A name that may be in use.
+        enrol: Where the boards exchange their token for a certificate; port 8443 of the broker's host where
+            left out. Only with ``mqtts://``.
         local: For this machine itself, where 127.0.0.1 is a fine address.
 
     Raises:
@@ -78,6 +84,8 @@ def make_plan(
     check_names(names, [name for name in read_book() if name != replace])
     if not local:
         check_address(broker)
+    if enrol and not enrol.startswith("https://"):
+        raise FlashError(f"{enrol!r} is no address to enrol at", hint="Write --enrol https://HOST:PORT.")
     if not (bundle / "manifest.json").is_file():
         raise FlashError(
             f"{bundle} is no bundle",
@@ -100,10 +108,29 @@ def make_plan(
             )
         settings = Settings(
             name, broker, run or run_of_bundle(bundle), memory_mib, profile=profile, data=on_board,
-            credentials=Credentials(),
+            credentials=_credentials(name, broker, enrol, bundle, token=not local),
         )  # fmt: skip
         plans.append(Plan(settings, bundle, travels))
     return plans
+
+
+def _credentials(name: str, broker: str, enrol: str, bundle: Path, *, token: bool) -> Credentials:
+    """Return what lets a board in; this user's authority is made where there is none yet."""
+    from coordinator.authority import Authority, default_folder
+    from edge_agent.bundle import sign_bundle
+
+    authority = Authority.create(default_folder())
+    if not broker.startswith("mqtts://"):
+        return Credentials(signing_key=authority.signing_key)
+    sign_bundle(bundle, authority.signer())
+    if not token:
+        return Credentials(fingerprint=authority.fingerprint, signing_key=authority.signing_key)
+    return Credentials(
+        token=authority.new_token(name, valid_s=_TOKEN_S),
+        fingerprint=authority.fingerprint,
+        enrol=enrol or f"https://{urlsplit(broker).netloc.rpartition(':')[0]}:{_ENROL_PORT}",
+        signing_key=authority.signing_key,
+    )
 
 
 def next_free(pattern: str) -> list[str]:

@@ -71,11 +71,13 @@ class Credentials:
         token: Single use; empty where the broker asks for none.
         fingerprint: SHA-256 of the coordinator's authority, hexadecimal; empty likewise.
         enrol: Address at which the token is exchanged for a certificate; empty likewise.
+        signing_key: Public key of what the coordinator signs, hexadecimal; without it no update is taken.
     """
 
     token: str = field(default="", repr=False)
     fingerprint: str = ""
     enrol: str = ""
+    signing_key: str = ""
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ class Settings:
 
     def to_json(self) -> bytes:
         """Return ``board.json``. It holds the token: keep it out of logs, and erase it where FAT shows it."""
-        told = {
+        told: dict[str, object] = {
             "format": 1,
             "name": self.name,
             "broker": self.broker,
@@ -113,10 +115,16 @@ class Settings:
             "memory_mib": self.memory_mib,
             "profile": self.profile,
             "data": self.data,
-            "token": self.credentials.token,
-            "fingerprint": self.credentials.fingerprint,
-            "enrol": self.credentials.enrol,
+            "signing_key": self.credentials.signing_key,
+            "security": self.broker.startswith("mqtts://"),
         }
+        if self.credentials.token:
+            told["ticket"] = {
+                "name": self.name,
+                "url": self.credentials.enrol,
+                "ca_sha256": self.credentials.fingerprint,
+                "token": self.credentials.token,
+            }
         return (json.dumps(told, indent=1) + "\n").encode()
 
 

@@ -16,7 +16,7 @@ while [ $# -gt 0 ]; do
 done
 
 here=$(cd "$(dirname "$0")" && pwd)
-report=$here/report.txt
+report=${SCALARFED_REPORT:-$here/report.txt}
 opt=$root/opt/scalarfed etc=$root/etc/scalarfed var=$root/var/lib/scalarfed
 lock=$root/run/scalarfed-install.lock
 
@@ -99,28 +99,58 @@ if [ ! -f "$opt/releases/$release/complete" ]; then
   : >"$opt/releases/$release/complete"
 fi
 
-# --- the board's own: settings, bundle, samples
+# --- the board's own: settings, bundle, samples; an update keeps the former ones until it is well
+former=$(readlink "$opt/current" 2>/dev/null || echo)
+changed=no
 install -m 755 guard.sh "$opt/guard.sh"
-if [ -f board.json ]; then
-  install -m 640 -o root -g "$group" board.json "$etc/board.json.new" 2>/dev/null ||
-    install -m 640 board.json "$etc/board.json.new"
+install -m 755 care.sh "$opt/care.sh"
+settings() {
+  chgrp "$group" "$etc/board.json.new" 2>/dev/null || true
+  chmod 640 "$etc/board.json.new"
   mv -f "$etc/board.json.new" "$etc/board.json"
+}
+if [ -f board.json ]; then
+  # The ticket is a secret that the agent uses up; the settings are root's, and the agent may read them.
+  (umask 077 && mkdir -p "$var/security" && python3 -c 'import json, sys
+told = json.load(open("board.json"))
+ticket = told.pop("ticket", None)
+open(sys.argv[1], "w").write(json.dumps(told, indent=1))
+if ticket:
+    open(sys.argv[2], "w").write(json.dumps(ticket))' "$etc/board.json.new" "$var/security/ticket.json") ||
+    fail "settings: board.json cannot be read"
+  settings
 fi
 [ -f "$etc/board.json" ] || fail "settings: board.json is neither here nor in $etc"
+if [ -f settings.json ]; then
+  (umask 077 && python3 -c 'import json, sys; print(json.dumps(json.load(open(sys.argv[1])) | json.load(open(sys.argv[2])), indent=1))' \
+    "$etc/board.json" settings.json >"$etc/board.json.new") || fail "settings: settings.json cannot be merged"
+  if ! cmp -s "$etc/board.json" "$etc/board.json.new"; then
+    [ -f "$etc/board.json.former" ] || cp -p "$etc/board.json" "$etc/board.json.former"
+    changed=yes
+  fi
+  settings
+fi
 for what in bundle data.npz; do
   [ -e "$what" ] || continue
+  if [ "$what" = bundle ] && [ -n "$former" ] && ! cmp -s bundle/manifest.json "$var/bundle/manifest.json"; then
+    [ -d "$var/bundle.former" ] || cp -R "$var/bundle" "$var/bundle.former"
+    changed=yes
+  fi
   rm -rf "$var/$what.new"
   cp -R "$what" "$var/$what.new"
   rm -rf "${var:?}/$what"
   mv "$var/$what.new" "$var/$what"
 done
+mkdir -p "$var/asks"
 [ -n "$root" ] || chown -R scalarfed: "$var"
 say "settings: in place"
 
 # --- the switch; a former release stays, and guard.sh goes back to it if this one does not get well
-former=$(readlink "$opt/current" 2>/dev/null || echo)
-if [ "$former" != "releases/$release" ]; then
-  [ -z "$former" ] || { echo "$former" >"$opt/trial.new"; mv -f "$opt/trial.new" "$opt/trial"; }
+if [ "$former" != "releases/$release" ] || [ $changed = yes ]; then
+  if [ -n "$former" ] && [ ! -f "$opt/trial" ]; then
+    echo "$former" >"$opt/trial.new"
+    mv -f "$opt/trial.new" "$opt/trial"
+  fi
   rm -f "$opt/trial.starts" "$var/healthy" "$var/give-back"
   ln -sfn "releases/$release" "$opt/current.new"
   mv -fT "$opt/current.new" "$opt/current"
@@ -129,10 +159,17 @@ say "release: current is $release${former:+, before it ${former#releases/}}"
 
 # --- the service
 mkdir -p "$root/etc/systemd/system"
-install -m 644 scalarfed-agent.service "$root/etc/systemd/system/scalarfed-agent.service"
+budget=$(python3 -c 'import json, sys; print(round(json.load(open(sys.argv[1]))["memory_mib"]))' "$etc/board.json") ||
+  fail "settings: $etc/board.json has no memory_mib"
+for unit in scalarfed-agent.service scalarfed-care.service scalarfed-care.path; do
+  sed "s/@MEMORY_MIB@/$budget/" $unit >"$root/etc/systemd/system/$unit.new"
+  chmod 644 "$root/etc/systemd/system/$unit.new"
+  mv -f "$root/etc/systemd/system/$unit.new" "$root/etc/systemd/system/$unit"
+done
 if [ $start = yes ] && command -v systemctl >/dev/null && [ -z "$root" ]; then
   systemctl daemon-reload
-  systemctl enable scalarfed-agent.service 2>/dev/null
+  systemctl enable scalarfed-agent.service scalarfed-care.path 2>/dev/null
+  systemctl start --no-block scalarfed-care.path
   # At first boot the unit may be part of a transaction that waits for us: do not wait for it.
   systemctl restart --no-block scalarfed-agent.service || fail "service: systemd did not take it"
   say "service: enabled and started"
