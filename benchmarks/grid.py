@@ -48,8 +48,10 @@ def bundle_of(model: str, x: NDArray[np.float32], classes: int, seed: int, folde
     )
 
 
-def on_the_grid(bundle: Bundle, train, test, *, seed: int, steps: int, rate: float) -> float:
-    """Train as an agent does; return the accuracy."""
+def on_the_grid(
+    bundle: Bundle, train, test, *, seed: int, steps: int, rate: float
+) -> tuple[float, NDArray[np.float32]]:
+    """Train as an agent does; return the accuracy and the weights."""
     replica = bundle.replica()
     forward = Forward(bundle, replica.weights)
     random = np.random.default_rng(seed)
@@ -61,11 +63,13 @@ def on_the_grid(bundle: Bundle, train, test, *, seed: int, steps: int, rate: flo
         )
         found = estimate(replica, plan, lambda _, x=x, y=y: lambda: forward.loss(x, y), central=True)
         apply_record(replica, RoundRecord(plan, 0, False, found.scalars, 0), check=False)
-    return forward.evaluate(*test)[1] / len(test[1])
+    return forward.evaluate(*test)[1] / len(test[1]), replica.weights
 
 
-def in_float32(bundle: Bundle, train, test, *, seed: int, steps: int, rate: float) -> float:
-    """Train in plain float32 with a copy of the weights; return the accuracy."""
+def in_float32(
+    bundle: Bundle, train, test, *, seed: int, steps: int, rate: float
+) -> tuple[float, NDArray[np.float32]]:
+    """Train in plain float32 with a copy of the weights; return the accuracy and the weights."""
     weights = bundle.replica().weights
     forward = Forward(bundle, weights)
     random = np.random.default_rng(seed)
@@ -83,7 +87,7 @@ def in_float32(bundle: Bundle, train, test, *, seed: int, steps: int, rate: floa
             descent += np.float32((losses[0] - losses[1]) / (2 * EPSILON)) * z
         kept -= np.float32(rate / PERTURBATIONS) * descent
     weights[...] = kept
-    return forward.evaluate(*test)[1] / len(test[1])
+    return forward.evaluate(*test)[1] / len(test[1]), weights
 
 
 def main() -> None:
@@ -106,13 +110,11 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             bundle = bundle_of(options.model, parts["train"][0], classes, seed, Path(folder))
             how = {"seed": seed, "steps": options.steps, "rate": options.rate}
-            rows.append(
-                {
-                    "seed": seed,
-                    "grid": on_the_grid(bundle, parts["train"], parts["test"], **how),
-                    "float32": in_float32(bundle, parts["train"], parts["test"], **how),
-                }
-            )
+            start = bundle.replica().weights
+            grid, ours = on_the_grid(bundle, parts["train"], parts["test"], **how)
+            plain, theirs = in_float32(bundle, parts["train"], parts["test"], **how)
+            apart = float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs - start))
+            rows.append({"seed": seed, "grid": grid, "float32": plain, "distance_over_way": apart})
         print(json.dumps(rows[-1]), flush=True)
     differences = [row["grid"] - row["float32"] for row in rows]
     found = {

@@ -83,24 +83,24 @@ def measure_passes(*, size: int, seconds: float, say: Callable[[str], None]) -> 
     return found
 
 
-def _bytes(weights: NDArray[np.float32], curvature: NDArray[np.uint16] | None) -> int:
-    return 2 * (weights.nbytes + (0 if curvature is None else curvature.nbytes))
+def _bytes(vector: NDArray[np.float32], bits: NDArray[np.uint16] | None) -> int:
+    return 2 * (vector.nbytes + (0 if bits is None else bits.nbytes))
 
 
 def _works(
-    weights: NDArray[np.float32], segments: list[Segment], curvature: NDArray[np.uint16] | None
+    vector: NDArray[np.float32], segments: list[Segment], bits: NDArray[np.uint16] | None
 ) -> dict[str, Callable[[], object]]:
     """Return one pass over the memory, a perturbation (there, and back at the next turn), and a replay."""
-    method = METHODS["decomfl" if curvature is None else "hiso"]
-    replica = Replica(weights, segments, curvature=curvature)
-    displace = displacer(weights, segments, epsilon=1e-3, curvature=curvature)
+    method = METHODS["decomfl" if bits is None else "hiso"]
+    replica = Replica(vector, segments, curvature=bits)
+    displace = displacer(vector, segments, epsilon=1e-3, curvature=bits)
     key, sign = NoiseKey(7, 0, 0, 0), [1]
     scalars = np.linspace(-1, 1, _PERTURBATIONS, dtype=np.float32)[None]
 
     def memory_pass() -> None:
-        np.add(weights, np.float32(0), out=weights)
-        if curvature is not None:
-            np.bitwise_or(curvature, np.uint16(0), out=curvature)
+        np.add(vector, np.float32(0), out=vector)
+        if bits is not None:
+            np.bitwise_or(bits, np.uint16(0), out=bits)
 
     def perturb() -> None:
         displace([Term(key, sign[0])])
