@@ -75,7 +75,7 @@ def measure_passes(*, size: int, seconds: float, say: Callable[[str], None]) -> 
     for name, curvature in (("", None), ("_curved", np.full(size, 0x3F80, np.uint16))):
         say(f"timing a pass, a perturbation and a replay of {_PERTURBATIONS}{name.replace('_', ', ')}")
         times = medians(_works(weights, segments, curvature), seconds=seconds)
-        seconds_of = {f"{work}{name}_s": round(time_s, 6) for work, time_s in times.items()}
+        seconds_of = {f"{work}{name}_s": round(time_s, 9) for work, time_s in times.items()}
         found[f"perturb{name}_over_memory_pass"] = round(times["perturb"] / times["pass"], 3)
         found[f"replay{_PERTURBATIONS}{name}_over_memory_pass"] = round(times["replay"] / times["pass"], 3)
         found |= seconds_of
@@ -83,24 +83,24 @@ def measure_passes(*, size: int, seconds: float, say: Callable[[str], None]) -> 
     return found
 
 
-def _bytes(weights: NDArray[np.float32], curvature: NDArray[np.uint16] | None) -> int:
-    return 2 * (weights.nbytes + (0 if curvature is None else curvature.nbytes))
+def _bytes(vector: NDArray[np.float32], bits: NDArray[np.uint16] | None) -> int:
+    return 2 * (vector.nbytes + (0 if bits is None else bits.nbytes))
 
 
 def _works(
-    weights: NDArray[np.float32], segments: list[Segment], curvature: NDArray[np.uint16] | None
+    vector: NDArray[np.float32], segments: list[Segment], bits: NDArray[np.uint16] | None
 ) -> dict[str, Callable[[], object]]:
     """Return one pass over the memory, a perturbation (there, and back at the next turn), and a replay."""
-    method = METHODS["decomfl" if curvature is None else "hiso"]
-    replica = Replica(weights, segments, curvature=curvature)
-    displace = displacer(weights, segments, epsilon=1e-3, curvature=curvature)
+    method = METHODS["decomfl" if bits is None else "hiso"]
+    replica = Replica(vector, segments, curvature=bits)
+    displace = displacer(vector, segments, epsilon=1e-3, curvature=bits)
     key, sign = NoiseKey(7, 0, 0, 0), [1]
     scalars = np.linspace(-1, 1, _PERTURBATIONS, dtype=np.float32)[None]
 
     def memory_pass() -> None:
-        np.add(weights, np.float32(0), out=weights)
-        if curvature is not None:
-            np.bitwise_or(curvature, np.uint16(0), out=curvature)
+        np.add(vector, np.float32(0), out=vector)
+        if bits is not None:
+            np.bitwise_or(bits, np.uint16(0), out=bits)
 
     def perturb() -> None:
         displace([Term(key, sign[0])])

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-__all__ = ["app"]
+__all__ = ["app", "kernel", "memory", "step"]
 
 _MODELS = ("lenet", "resnet20", "minilm", "opt125m")
 
