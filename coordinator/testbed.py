@@ -20,7 +20,7 @@ from coordinator.broker import Broker, open_broker
 from coordinator.config import dump, load_experiment
 from coordinator.control import Control
 from coordinator.experiment import AgentPlan, Experiment
-from coordinator.guard import Guard, connect, guard_of
+from coordinator.guard import Guard, connect, guard_of, needs_guard
 from coordinator.health import Health
 from coordinator.ledger import Ledger
 from coordinator.local_fleet import local_fleet
@@ -84,6 +84,7 @@ def run_testbed(experiment: Experiment, *, out: Path, resume: bool, observer: Ob
         observer.stage(f"going on with {out}")
     else:
         _refuse_existing(out)
+        needs_guard(experiment.broker)
         prepare(experiment, out, observer=observer)
     test = load_samples(experiment.data.path, "test")
     bundle = read_bundle(out / "bundle")
