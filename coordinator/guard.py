@@ -18,6 +18,7 @@ from coordinator.authority import COORDINATOR, OPERATOR, Authority, Identity
 from coordinator.broker import Broker, Protection, find_mosquitto, greet, start_mosquitto
 from coordinator.child import end_orphan
 from coordinator.experiment import BrokerChoice
+from edge_agent.bundle import sign_bundle
 from edge_agent.credentials import client_context
 from edge_agent.link import Link, MqttLink
 from edge_agent.seal import SayingLink
@@ -155,6 +156,12 @@ class Guard:
             ),
         )
         return self._broker
+
+    def sign_bundles(self, run: Path) -> None:
+        """Sign what the agents of a run are given: its bundle, and the narrower ones of a family."""
+        sign = self.authority.signer()
+        for manifest in sorted(run.glob("bundle*/manifest.json")):
+            sign_bundle(manifest.parent, sign)
 
     def link(self, topics: Topics) -> "tuple[MqttLink, SayingLink]":
         """Return the coordinator's connection, and the link over it that signs what it says."""

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from coordinator.aggregation import aggregate_shares, mean_loss, tolerated
+from coordinator.actions import Action, Announce, Commit, Late, Note, Terms, Uncover
+from coordinator.aggregation import aggregate_levels, mean_loss, tolerated
 from coordinator.attendance import SILENT_ROUNDS, Attendance
 from coordinator.ledger import Ledger, Work
 from coordinator.outliers import Outliers
@@ -22,87 +23,11 @@ from edge_agent.replay import Replica, apply_record
 from edge_agent.wire import Reply, RoundOpen, RoundRecord
 from profiles.errors import EstimateError
 
-__all__ = ["Action", "Announce", "Commit", "Late", "Note", "Rounds", "Terms"]
+__all__ = ["Rounds"]
 
 _RECENT = 4
 _SLOWEST_RESEND_S = 15.0
 _LONGEST_TICK_S = 1.0
-
-
-@dataclass(frozen=True)
-class Announce:
-    """Publish the open round, retained."""
-
-    message: RoundOpen
-
-
-@dataclass(frozen=True)
-class Commit:
-    """Write a record to the log, to the disk, before anything that follows.
-
-    Attributes:
-        record: What to write; the coordinator's replica has it applied already.
-        loss: Mean loss, None when skipped.
-        opened_s: Monotonic time of the first announcement.
-        replies: By agent number: the reply and whether it counted.
-    """
-
-    record: RoundRecord
-    loss: float | None
-    opened_s: float
-    replies: dict[int, tuple[Reply, bool]]
-
-
-@dataclass(frozen=True)
-class Late:
-    """Note a reply to a round that is closed."""
-
-    agent: int
-    reply: Reply
-
-
-@dataclass(frozen=True)
-class Note:
-    """Something happened that people may want to know."""
-
-    kind: str
-    agent: int | None
-    text: str
-
-
-Action = Announce | Commit | Late | Note
-
-
-@dataclass(frozen=True)
-class Terms:
-    """How rounds are run; a change takes effect when the next one is opened.
-
-    Attributes:
-        plan_of: What round r asks.
-        rounds: Where the run ends.
-        batch_size: Samples of a local step.
-        central: Central differences.
-        cohort: How many agents are asked; None asks all.
-        quorum: How many answers a record needs; None needs all that are asked.
-        deadline_s: After this a round is closed with what came, if that is a quorum; else it is
-            extended once by the same time, and then skipped.
-        resend_s: A round without all its answers is announced again after this, then less and less often.
-        rule: How the replies become one; see :data:`coordinator.aggregation.RULES`.
-        liars: The share of the agents that may lie; the mean trusts all.
-        private: Replies tell no loss.
-    """
-
-    plan_of: Callable[[int], RoundPlan]
-    rounds: int
-    batch_size: int
-    central: bool
-    cohort: int | None
-    quorum: int | None
-    deadline_s: float
-    resend_s: float
-    rule: str = "mean"
-    liars: float = 0.2
-    private: bool = False
 
 
 @dataclass
@@ -116,6 +41,7 @@ class _Open:
         present: Those of them who are online.
         answered: All replies that belong to the round.
         counted: Those of them that did not fail.
+        uncovering: Whether a masked round waits for what undoes its masks.
     """
 
     message: RoundOpen
@@ -123,7 +49,7 @@ class _Open:
     opened_s: float
     announced_s: float
     resend_s: float
-    digest: int
+    digests: tuple[int, ...]
     members: frozenset[int]
     waiting: set[int]
     present: set[int]
@@ -131,6 +57,7 @@ class _Open:
     extended: bool = False
     answered: dict[int, Reply] = field(default_factory=dict)
     counted: dict[int, Reply] = field(default_factory=dict)
+    uncovering: bool = False
 
 
 class Rounds:
@@ -146,12 +73,14 @@ class Rounds:
         reference: What the classes' scalars are in the first step of a round; by them the other rules see who
             cannot have measured. None where the coordinator has no samples.
         ledger: What the agents may spend; None asks all of them for whole batches.
+        levels: Which width of the family each agent holds, 0 for the narrowest; empty without a family.
 
     Attributes:
         dropped: Count of replies that changed nothing, by reason.
         attendance: What is known of each agent.
         replica: The coordinator's replica.
         ledger: As given.
+        unready: Agents that cannot mask a reply yet; a masked round does without them.
         outliers: Statistics of who answers unlike the others.
     """
 
@@ -166,6 +95,7 @@ class Rounds:
         seed: int,
         reference: Callable[[RoundOpen], Sequence[NDArray[np.float64]]] | None = None,
         ledger: Ledger | None = None,
+        levels: Sequence[int] = (),
     ) -> None:
         self.dropped: Counter[str] = Counter()
         self.outliers = Outliers()
@@ -179,6 +109,9 @@ class Rounds:
         self.ledger = ledger
         self._left_out: dict[int, str] = {}
         self._uncounted: frozenset[int] = frozenset()
+        self.unready: set[int] = set()
+        self._waited_for_keys_s = 0.0
+        self.levels = tuple(levels) or (0,) * fleet
         self._paused = False
         self._open: _Open | None = None
         self._link_up = True
@@ -229,7 +162,7 @@ class Rounds:
         if opened is None:
             return []
         cohort = opened.message.cohort
-        if opened.answered:
+        if opened.answered and not opened.terms.masked:  # masks are for one cohort
             cohort = Cohort(frozenset(opened.waiting))
         opened.message = replace(
             opened.message, attempt=min(opened.message.attempt + 1, 0xFFFF), cohort=cohort
@@ -280,7 +213,7 @@ class Rounds:
             return []
         if reply.round < round_:
             return self._on_late(agent, reply)
-        reason = self._refusal(opened, agent, reply)
+        reason = "masks are being undone" if opened.uncovering else self._refusal(opened, agent, reply)
         if reason is not None:
             self.dropped[reason] += 1
             return [Note("refused", agent, f"round {round_}: {reason}")] if reason != "duplicate" else []
@@ -303,13 +236,21 @@ class Rounds:
         opened = self._open
         passed = now - (now if self._ticked_s is None else self._ticked_s)
         self._ticked_s = now
-        if opened is None:
-            return self._open_next(now) if self._left_out else []  # a new day, a cooler board
+        if opened is None:  # a new day, a cooler board, a key
+            self._waited_for_keys_s += min(passed, _LONGEST_TICK_S) if self.attendance.anybody else 0.0
+            return self._open_next(now)
         if opened.message.closing:
             return []
         if self._link_up and self.attendance.anybody and not self._paused:
             # A long gap between two ticks is a laptop that slept: nobody could have answered.
             opened.waited_s += min(passed, _LONGEST_TICK_S)
+        if opened.uncovering:
+            if opened.waited_s >= opened.terms.deadline_s:
+                return self.on_sum(opened.message.plan.round, None, now)
+            if now - opened.announced_s >= opened.resend_s:
+                opened.announced_s = now
+                return [Uncover(opened.message.plan.round, frozenset(opened.counted))]
+            return []
         if opened.waited_s >= opened.terms.deadline_s * (2 if opened.extended else 1):
             if len(opened.counted) >= self._needed(opened) or opened.extended:
                 return self._close(opened, now)
@@ -354,7 +295,7 @@ class Rounds:
             return "wrong number of scalars"
         if not 1 <= reply.samples <= opened.message.batch_of(agent):
             return "wrong number of samples"
-        if reply.digest != opened.digest:
+        if reply.digest != opened.digests[self.levels[agent]]:
             return "digest disagrees"
         return None
 
@@ -365,41 +306,63 @@ class Rounds:
     def _close_if_over(self, now: float) -> list[Action]:
         """Close when nobody is left to wait for: all answered, or all but the absent and that suffices."""
         opened = self._open
-        if opened is None or opened.message.closing:
+        if opened is None or opened.message.closing or opened.uncovering:
             return []
         enough = len(opened.counted) >= self._needed(opened)
         if not opened.waiting or (enough and not opened.present):
             return self._close(opened, now)
         return []
 
-    def _close(self, opened: _Open, now: float) -> list[Action]:
+    def ask_anew(self, agent: int, now: float) -> list[Action]:
+        """Open a masked round again after a member's key changed: its masks would not come off."""
+        opened = self._open
+        if opened is None or opened.uncovering or not opened.terms.masked or agent not in opened.members:
+            return []
+        return self._open_next(now)
+
+    def on_sum(
+        self, round_: int, found: tuple[NDArray[np.float32], float] | None, now: float
+    ) -> list[Action]:
+        """Take in the mean of a masked round, scalars and loss; None where it cannot be found."""
+        opened = self._open
+        if opened is None or not opened.uncovering or opened.message.plan.round != round_:
+            return []
+        opened.uncovering = False
+        if found is None:
+            opened.counted.clear()
+        return self._close(opened, now, found)
+
+    def _close(
+        self, opened: _Open, now: float, found: tuple[NDArray[np.float32], float] | None = None
+    ) -> list[Action]:
         counted = opened.counted
         plan = opened.message.plan
-        skipped = len(counted) < max(1, self._needed(opened))
-        shape = (plan.steps, plan.scalars)
-        alike = plan.shares == 1  # agents of unlike shares measure unlike things
+        skipped = len(counted) < max(3 if opened.terms.masked else 1, self._needed(opened))
+        if opened.terms.masked and found is None and not skipped:
+            opened.uncovering, opened.waited_s, opened.announced_s = True, 0.0, now
+            opened.resend_s = opened.terms.resend_s
+            return [Uncover(plan.round, frozenset(counted))]
+        alike = plan.shares == 1 and found is None  # agents of unlike shares measure unlike things
         changes = self.outliers.observe(counted, self._classes(opened)) if alike and not skipped else []
-        flat = np.zeros(plan.steps * plan.scalars, np.float32)
+        scalars = np.zeros((plan.steps, plan.scalars), np.float32)
         trusted, liars = self._trusted(counted, opened.terms)
         # Where as many were left out as may lie, nobody is left to trim: the mean makes most of the others.
         rule = "trimmed" if len(trusted) < len(counted) and liars == 0 else opened.terms.rule
-        if not skipped:
-            flat = aggregate_shares(trusted, plan, rule=rule, liars=liars)
-        record = RoundRecord(plan, self._epoch, skipped, flat.reshape(shape), digest=0)
+        if found is not None:
+            scalars = found[0].reshape(plan.steps, plan.scalars)
+        elif not skipped:
+            scalars = aggregate_levels(trusted, self.levels, plan, rule=rule, liars=liars)
+        record = RoundRecord(plan, self._epoch, skipped, scalars, digest=0)
         apply_record(self.replica, record, check=False)
-        record = replace(record, digest=self.replica.digest())
+        record = record.ending(self.replica.digests())
         self._recent = [*self._recent, record][-_RECENT:]
         self._open = None
         self._stragglers[plan.round] = opened.waiting
         self._stragglers.pop(plan.round - _RECENT, None)
         actions: list[Action] = []
         for agent in sorted(opened.members):
-            told = self.attendance.account(
-                agent,
-                plan.round,
-                counted=agent in counted and not skipped,
-                silent=agent in opened.waiting,
-            )
+            done, silent = agent in counted and not skipped, agent in opened.waiting
+            told = self.attendance.account(agent, plan.round, counted=done, silent=silent)
             actions += [Note(kind, agent, text) for kind, text in told]
         if skipped:
             missing = f"round {plan.round}: {len(counted)} of {self._needed(opened)} needed"
@@ -408,7 +371,12 @@ class Rounds:
             actions.append(Note("suspect" if text else "trusted again", agent, text))
         self._uncounted = opened.members - (frozenset() if skipped else counted.keys())
         replies = {a: (reply, a in trusted and not skipped) for a, reply in opened.answered.items()}
-        loss = None if skipped or opened.terms.private else mean_loss(trusted)
+        if opened.terms.masked:  # nobody knows what they sent
+            nothing = np.empty(0, np.float32)
+            replies = {a: (replace(reply, scalars=nothing), used) for a, (reply, used) in replies.items()}
+        loss = None
+        if not skipped and not opened.terms.private:
+            loss = mean_loss(trusted) if found is None else found[1]
         actions.append(Commit(record, loss, opened.opened_s, replies))
         return actions + self._open_next(now)
 
@@ -445,9 +413,12 @@ class Rounds:
         if not self.finished:
             plan, batches, actions = self._fit(plan, terms)
             members = self.attendance.choose(
-                round_, cohort=terms.cohort, seed=self._seed, without=self._left_out.keys()
+                round_,
+                cohort=terms.cohort,
+                seed=self._seed,
+                without=self._left_out.keys() | (self.unready if terms.masked else set()),
             )
-            if not members:
+            if not members or (terms.masked and self._too_few(members, terms)):
                 return actions
         if self.ledger is not None:
             for agent in members:
@@ -471,12 +442,17 @@ class Rounds:
             opened_s=now,
             announced_s=now,
             resend_s=terms.resend_s,
-            digest=self._recent[-1].digest if self._recent else self.replica.digest(),
+            digests=self._recent[-1].digests if self._recent else self.replica.digests(),
             members=frozenset(members),
             waiting=set(members),
             present={agent for agent in members if self.attendance.members[agent].online},
         )
         return [*actions, Announce(message)]
+
+    def _too_few(self, members: Sequence[int], terms: Terms) -> bool:
+        """Return whether a masked round should wait: nobody hides among two, nor among the first to come."""
+        late = any(not self.attendance.members[agent].excluded for agent in self.unready)
+        return len(members) < 3 or (late and self._waited_for_keys_s < terms.deadline_s)
 
     def _fit(self, plan: RoundPlan, terms: Terms) -> tuple[RoundPlan, dict[int, int], list[Action]]:
         """Fit a round to the budgets; say who is left out that was not, and who no longer is."""

@@ -18,7 +18,6 @@ from coordinator.guard import Guard, connect, is_beyond_loopback
 from coordinator.serve import serve_run
 from coordinator.service import Service
 from coordinator.web import WebServer
-from edge_agent.bundle import sign_bundle
 from edge_agent.wire import RoundRecord
 
 __all__ = ["Address", "serve_fleet"]
@@ -64,7 +63,7 @@ def serve_fleet(
         guard: Guard | None = None
         if authority is not None:
             guard = Guard(Authority.create(authority), run)
-            sign_bundle(run / "bundle", guard.authority.signer())
+            guard.sign_bundles(run)
             broker = stack.enter_context(guard.start(run, host=address.host, port=address.broker_port))
             web = stack.enter_context(_web(guard.authority, address))
             lines = _secured(broker, web, guard.authority, address)

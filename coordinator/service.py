@@ -11,10 +11,14 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from coordinator.rounds import Action, Announce, Commit, Late, Rounds
+from coordinator.actions import Action, Announce, Commit, Late, Uncover
+from coordinator.rounds import Rounds
 from coordinator.scalar_log import ScalarLog
 from coordinator.status import read_status
+from coordinator.unveil import Veils
 from edge_agent.link import Connected, Link, Message
+from edge_agent.masked_wire import is_masked
+from edge_agent.replay import Replica
 from edge_agent.roster import pack_names
 from edge_agent.state import replica_bytes, save_replica
 from edge_agent.topics import Topics, shard_of
@@ -46,6 +50,8 @@ class Service:
         rounds: The state machine, not yet started.
         agents: Names of the fleet in the order of their numbers.
         bundle_identity: What the agents must have.
+        masked: Whether only the sum of the replies is to be read.
+        narrower: Identities of the narrower bundles of a family, the narrowest first.
         privacy: What every agent does to its scalars: ``clip`` and ``noise``; None for nothing.
         shards: Topics over which the agents are spread.
         checkpoint: File for the replica as it is every few hundred rounds; it bounds what a late joiner, or
@@ -70,6 +76,8 @@ class Service:
         rounds: Rounds,
         agents: Sequence[str],
         bundle_identity: str,
+        masked: bool = False,
+        narrower: Sequence[str] = (),
         privacy: Mapping[str, float] | None = None,
         shards: int = 1,
         checkpoint: Path | None = None,
@@ -89,11 +97,17 @@ class Service:
         self._numbers = {name: number for number, name in enumerate(agents)}
         self._roster = pack_names(agents)
         self._bundle_identity = bundle_identity
+        self._identities = [*narrower, bundle_identity]
         self._privacy = privacy
+        self._veils = Veils(topics.run, len(agents)) if masked else None
+        if masked:
+            rounds.unready = set(range(len(agents)))
         self._shards = shards
         self._checkpoint = checkpoint
         self._checkpoint_every = checkpoint_every
-        self._snapshot: tuple[int, bytes] | None = None  # the round before which it stands, and the message
+        self._snapshots: dict[
+            int, tuple[int, bytes]
+        ] = {}  # by level: the round it stands before, the message
         self._on_commit = on_commit
         self._on_idle = on_idle
         self._clock = clock
@@ -211,9 +225,19 @@ class Service:
         }
 
     @property
+    def replica(self) -> Replica:
+        """The coordinator's replica."""
+        return self._rounds.replica
+
+    @property
     def final_digest(self) -> int:
         """Digest of the coordinator's replica."""
         return self._rounds.replica.digest()
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """Which width of the family each agent holds, by number; all 0 without a family."""
+        return self._rounds.levels
 
     def bytes_seen(self) -> tuple[int, int]:
         """Return the bytes that came from and went to the broker so far."""
@@ -231,6 +255,7 @@ class Service:
             "agents": self._roster,
             "shards": self._shards,
             **({} if self._privacy is None else {"privacy": dict(self._privacy)}),
+            **({} if self._veils is None else {"keys": self._veils.keys()}),
         }
         self._say(self._topics.control, json.dumps(control).encode())
 
@@ -266,11 +291,17 @@ class Service:
             if isinstance(action, Commit):
                 self._commit(action)
             elif isinstance(action, Announce):
+                if self._veils is not None:
+                    self._veils.open(action.message)
                 payload = encode(action.message)
                 for shard in range(self._shards):
                     self._say(self._topics.round(shard), payload)
             elif isinstance(action, Late):
                 self._late.append((self._agents[action.agent], action.reply, time.time()))
+            elif isinstance(action, Uncover):
+                if self._veils is not None:
+                    for number, request in self._veils.requests(action.survivors).items():
+                        self._link.publish(self._topics.answer(self._agents[number]), request)
             else:
                 name = "" if action.agent is None else self._agents[action.agent]
                 self._tell(action.kind, name, action.text, stranger=action.kind == "refused")
@@ -304,10 +335,14 @@ class Service:
                 save_replica(self._checkpoint, replica, bundle_identity=self._bundle_identity, run=run)
             except StateError as error:
                 self._tell("checkpoint failed", "", str(error), stranger=False)
-        if replica.weights.nbytes < MAX_MESSAGE:
-            state = replica_bytes(replica, bundle_identity=self._bundle_identity, run=run)
-            message = encode(Snapshot(self._rounds.epoch, state))
-            self._snapshot = (replica.round, message) if len(message) <= MAX_MESSAGE else None
+        for level, identity in enumerate(self._identities):
+            one = replica.at_level(level) if replica.stops else replica
+            if one.weights.nbytes < MAX_MESSAGE:
+                message = encode(
+                    Snapshot(self._rounds.epoch, replica_bytes(one, bundle_identity=identity, run=run))
+                )
+                if len(message) <= MAX_MESSAGE:
+                    self._snapshots[level] = (replica.round, message)
 
     def _tell(self, kind: str, name: str, text: str, *, stranger: bool) -> None:
         """Note an event for people: all of them at first, then ever fewer of what anybody can cause."""
@@ -372,6 +407,10 @@ class Service:
         self._count_traffic(name, status)
         if self._rounds.ledger is not None:
             self._rounds.ledger.note_status(number, status, now=now)
+        if self._veils is not None and self._veils.learn(number, status.get("key", "")):
+            self._rounds.unready.discard(number)
+            self._publish_control()
+            self._act(self._rounds.ask_anew(number, now))
         online = state != "offline"
         self._act(self._rounds.on_presence(number, online=online, hello=hello, now=now))
 
@@ -382,7 +421,29 @@ class Service:
             processes.add(pid)
             self.traffic[name, pid] = {**status["traffic"], "rounds": status.get("estimates", 0)}
 
+    def _on_masked(self, veils: Veils, number: int, payload: bytes, now: float) -> None:
+        """Take in a masked reply, or what undoes the masks of a round."""
+        try:
+            reply = veils.take(number, payload)
+        except WireError as error:
+            self._drop("undecodable reply", self._agents[number], str(error))
+            return
+        if reply is not None:
+            self._act(self._rounds.on_reply(number, reply, now))
+            return
+        try:
+            found = veils.total()
+        except ValueError as error:
+            self._tell("masks", "", str(error), stranger=False)
+            self._act(self._rounds.on_sum(veils.round, None, now))
+            return
+        if found is not None:
+            self._act(self._rounds.on_sum(veils.round, found, now))
+
     def _on_reply(self, number: int, payload: bytes, now: float) -> None:
+        if self._veils is not None and is_masked(payload):
+            self._on_masked(self._veils, number, payload, now)
+            return
         try:
             message = decode(payload)
         except WireError as error:
@@ -390,6 +451,9 @@ class Service:
             return
         if not isinstance(message, Reply):
             self._drop("not a reply", self._agents[number])
+            return
+        if self._veils is not None and not message.failed:
+            self._drop("not masked", self._agents[number])
             return
         self._act(self._rounds.on_reply(number, message, now))
 
@@ -405,11 +469,10 @@ class Service:
         if not self._may_have_slice(name, now):
             self._drop("requests too often", name)
             return
-        if self._snapshot is not None and message.first < self._snapshot[0]:
-            round_, snapshot = self._snapshot
-            if len(snapshot) < self._log.bytes_between(message.first, round_):
-                self._link.publish(self._topics.answer(name), snapshot)
-                return
+        round_, snapshot = self._snapshots.get(self._rounds.levels[self._numbers[name]], (0, b""))
+        if message.first < round_ and len(snapshot) < self._log.bytes_between(message.first, round_):
+            self._link.publish(self._topics.answer(name), snapshot)
+            return
         records: list[RoundRecord] = []
         size = 0
         for record in self._log.records(message.first, message.first + _SLICE_RECORDS):

@@ -22,7 +22,7 @@ TRAFFIC = ("payload_up", "payload_down", "packet_up", "packet_down", "messages_u
 
 _LARGEST = 2**63 - 1
 _TEXTS = (
-    *("name", "version", "profile", "digest", "enforcement", "text", "last_words"),
+    *("name", "version", "profile", "digest", "enforcement", "text", "last_words", "key"),
     *("machine", "python", "release", "update", "update_state"),
 )
 _WHOLES = ("pid", "epoch", "round", "samples", "estimates", "forwards", "starts", "update_number")

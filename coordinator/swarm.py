@@ -20,8 +20,9 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from coordinator.actions import Terms
 from coordinator.broker import Broker, open_broker, use_broker
-from coordinator.rounds import Rounds, Terms
+from coordinator.rounds import Rounds
 from coordinator.scalar_log import ScalarLog
 from coordinator.service import Service
 from coordinator.swarm_agents import Swarm

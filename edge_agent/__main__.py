@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from edge_agent.admission import Renewal, admit
 from edge_agent.agent import Agent, Report
+from edge_agent.agreement import PrivateKey
 from edge_agent.bundle import Bundle, check_signed, read_bundle
 from edge_agent.commands import Commands
 from edge_agent.credentials import Credentials, client_context
@@ -26,14 +27,16 @@ from edge_agent.footprint import give_back
 from edge_agent.forward import Forward
 from edge_agent.heartbeat import Heartbeat
 from edge_agent.link import Connected, Disconnected, Link, Message, MqttLink
+from edge_agent.masked_wire import Unmask, decode_masked, encode_masked, is_masked
 from edge_agent.measure import forward_for, measure
 from edge_agent.replay import Replica
 from edge_agent.seal import HearingLink
 from edge_agent.state import load_replica, read_replica, save_replica
 from edge_agent.telemetry import read_telemetry
 from edge_agent.topics import Topics, is_name, shard_of
+from edge_agent.veil import Veil
 from edge_agent.wire import Reply, RoundOpen, SliceRequest, encode
-from profiles.errors import ConfigError, ScalarfedError, StateError
+from profiles.errors import ConfigError, ScalarfedError, StateError, WireError
 from profiles.limit import Enforcement, enforce
 from profiles.memory import current_rss_mib, peak_rss_mib, pss_mib
 
@@ -151,7 +154,7 @@ class _Process:
                 _LOG.warning("%s cannot be used: %s; going on without", options.state, error)
         self.agent = Agent(
             name=options.name,
-            bundle_identity=self.bundle.identity,
+            bundle_identity=self.bundle.family or self.bundle.identity,
             replica=self._first_replica(),
             fresh_replica=self.bundle.replica,
             estimate=self._estimate,
@@ -164,6 +167,7 @@ class _Process:
         self.saved_round = self.agent.replica.round
         self.saved_at = time.monotonic()
         self.status_at = 0.0
+        self.veil: Veil | None = None
         self.flops = 0
         self.state = "starting"
         self.text = ""
@@ -234,6 +238,8 @@ class _Process:
             self.commands.obey(event.payload)
             self.status_at = 0.0
             outgoing = []
+        elif self.veil is not None and is_masked(event.payload):
+            outgoing = self._tell_masks(link, self.veil, event.payload)
         else:
             outgoing = self.agent.on_message(event.payload, now)
         for message in outgoing:
@@ -249,6 +255,13 @@ class _Process:
             control: dict[str, Any] = json.loads(payload)
         except (ValueError, RecursionError):
             control = {}
+        if "keys" in control:
+            if self.veil is None:
+                try:
+                    self.veil = Veil(self.options.run, PrivateKey(), os.urandom)
+                except ConfigError as error:
+                    return [Report("refused", str(error))]
+            self.veil.on_control(control)
         outgoing = self.agent.on_control(control, now)
         if self.agent.shards:
             link.subscribe(self.topics.round(shard_of(self.options.name, self.agent.shards)))
@@ -257,7 +270,13 @@ class _Process:
     def _send(self, link: Link, message: Reply | SliceRequest | Report) -> None:
         name = self.options.name
         if isinstance(message, Reply):
-            link.publish(self.topics.reply(shard_of(name, self.agent.shards), name), encode(message))
+            payload: bytes | None = encode(message)
+            opened, number = self.agent.opened, self.agent.number
+            if self.veil is not None and not message.failed and opened is not None and number is not None:
+                covered = self.veil.cover(message, opened, number)
+                payload = None if covered is None else encode_masked(covered)
+            if payload is not None:
+                link.publish(self.topics.reply(shard_of(name, self.agent.shards), name), payload)
         elif isinstance(message, SliceRequest):
             _LOG.info("asking for the log from round %d", message.first)
             link.publish(self.topics.request(name), encode(message))
@@ -268,6 +287,19 @@ class _Process:
             if self.agent.shards:
                 self.heart.join(f"in run {self.options.run} as {name}")
             self._publish_status(link)
+
+    def _tell_masks(self, link: Link, veil: Veil, payload: bytes) -> list[Reply | SliceRequest | Report]:
+        """Tell what undoes the masks of a round, if that does not say too much."""
+        name = self.options.name
+        try:
+            request = decode_masked(payload)
+        except WireError:
+            self.agent.dropped["undecodable"] += 1
+            return []
+        answer = veil.tell(request) if isinstance(request, Unmask) else None
+        if answer is not None:
+            link.publish(self.topics.reply(shard_of(name, self.agent.shards), name), encode_masked(answer))
+        return []
 
     def _estimate(self, replica: Replica, opened: RoundOpen, number: int) -> Estimate:
         if self.forward is None or self.forward_of is not replica:
@@ -343,6 +375,7 @@ class _Process:
             "estimates": self.agent.estimates,
             "forwards": self.agent.forwards,
             "flops": self.flops,
+            **({} if self.veil is None else {"key": self.veil.public.hex()}),
             "counted": self.agent.counted,
             "uncounted": self.agent.uncounted,
             "dropped": dict(self.agent.dropped),

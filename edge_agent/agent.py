@@ -100,6 +100,16 @@ class Agent:
         self._followed_epoch = 0  # the epoch whose log took the replica to where it is
 
     @property
+    def opened(self) -> RoundOpen | None:
+        """The round that was announced last."""
+        return self._open
+
+    @property
+    def number(self) -> int | None:
+        """The agent's number in the fleet, once the control message told."""
+        return self._number
+
+    @property
     def epoch(self) -> int:
         """The highest epoch heard of."""
         return self._epoch
@@ -217,7 +227,7 @@ class Agent:
             return [] if already else [Report("closed")]
         if self._number not in opened.cohort:
             return []
-        if opened.records and self.replica.digest() != opened.records[-1].digest:
+        if opened.records and self.replica.digest() != opened.records[-1].digest_at(self.replica.level):
             self._start_again("digest disagreed")
             return self._advance(now)
         return [self._answer(opened, self._number)]

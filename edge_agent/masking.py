@@ -1,10 +1,10 @@
 """Sums that nobody can take apart: scalars in fixed point under masks that cancel, and shares for dropouts.
 
 Each agent adds to its vector a mask of its own and one for each other agent of the cohort, which that agent
-subtracts, all modulo 2^64. Of the own mask's seed every agent holds a share: any majority can tell it, fewer
-know nothing. For each other agent a survivor tells either the mask that it has with it (it dropped out) or the
-share of its own mask (it did not), never both, so that the sum of those who answered comes to light and
-nothing else. Knows vectors, keys and random bytes that the caller brings; no messages, no clock.
+subtracts, all modulo 2^64. Of the own mask's seed every agent holds a share: any majority can tell it,
+fewer know nothing. For each other agent a survivor tells either the mask that it has with it (it dropped
+out) or the share of its own mask (it did not), never both, so that the sum of those who answered comes to
+light and nothing else. Knows vectors, keys and random bytes that the caller brings; no messages, no clock.
 
 Source: Bonawitz et al., "Practical Secure Aggregation for Privacy-Preserving Machine Learning", 2017, figure
 4, with pairwise masks told instead of keys; Shamir, "How to Share a Secret", 1979.

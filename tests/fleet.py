@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
+from coordinator.actions import Terms
 from coordinator.ledger import Ledger
-from coordinator.rounds import Rounds, Terms
+from coordinator.rounds import Rounds
 from coordinator.scalar_log import ScalarLog
 from coordinator.service import Service
 from edge_agent.agent import Agent, Report
@@ -103,13 +104,16 @@ class BoardInMemory:
 class FleetInMemory:
     """A coordinator and its boards; every turn handles all messages that are under way."""
 
+    masked = False
+    board = BoardInMemory
+
     def __init__(self, folder: Path, *, boards: int = 3, rounds: int = 12, **options) -> None:
         self.folder = folder
         self.rounds_wanted = rounds
         self.options = options
         self.now = 1000.0
         self.broker = MemoryBroker()
-        self.boards = [BoardInMemory(f"board-{n}", self.broker) for n in range(boards)]
+        self.boards = [self.board(f"board-{n}", self.broker) for n in range(boards)]
         path = folder / "log.sqlite"
         self.log = ScalarLog.open(path) if path.exists() else ScalarLog.create(path, {"bundle": BUNDLE})
         self.log.set_agents([(n, board.name, "generic", None, None) for n, board in enumerate(self.boards)])
@@ -142,6 +146,7 @@ class FleetInMemory:
             rounds=self.rounds,
             agents=[board.name for board in self.boards],
             bundle_identity=BUNDLE,
+            masked=self.masked,
             clock=lambda: self.now,
         )
         self.service.start()

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from fleet import BUNDLE, TOPICS, FleetInMemory, fresh_replica
 
-from coordinator.rounds import Rounds, Terms
+from coordinator.actions import Terms
+from coordinator.rounds import Rounds
 from coordinator.scalar_log import ScalarLog
 from coordinator.service import Service
 from edge_agent.agent import Agent

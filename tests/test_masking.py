@@ -106,7 +106,7 @@ def test_one_masked_reply_looks_like_chance():
 
 
 def test_masks_of_the_dropped_alone_do_not_unmask_anybody():
-    """Without the shares of its own mask an agent stays hidden, though all others told their masks with it."""
+    """Without the shares of its own mask an agent stays hidden, though all others told theirs with it."""
     cohort = Cohort(5)
     others = [n for n in range(AGENTS) if n]
     told = sum((tell_masks(n, [0], cohort.keys[n], SESSION, SCALARS) for n in others), start=np.uint64(0))

@@ -107,7 +107,7 @@ def test_a_floor_imports_what_its_install_declares(floor):
     """Each third-party import is declared by the base install or an extra of that floor or one below it."""
     extras = {
         "profiles": [],
-        "edge_agent": ["torch-agent"],
+        "edge_agent": ["torch-agent", "masks"],
         "pruning": ["prune"],
         "coordinator": ["coordinator", "prune", "privacy"],
     }
