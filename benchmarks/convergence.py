@@ -28,10 +28,11 @@ import tomli_w
 
 from coordinator.actions import Commit
 from coordinator.config import load_experiment
+from coordinator.evaluation import Evaluator
 from coordinator.experiment import Experiment
 from coordinator.progress import Silence
 from coordinator.simulate import Spending, deal, play
-from coordinator.testbed import Evaluator, make_bundle, rounds_of
+from coordinator.testbed import make_bundle, rounds_of
 from edge_agent.data import Samples, load_samples
 
 __all__ = ["ALIASES", "TASKS", "Run", "Task", "compare", "main", "run_once", "tune"]
@@ -160,7 +161,19 @@ TASKS: Mapping[str, Task] = {
         targets=(0.60, 0.70, 0.80, 0.85),
         tuned_for=0.80,
         grids={
-            "decomfl": _grid(learning_rate=[0.008, 0.016, 0.032]),
+            "decomfl": _grid(learning_rate=[0.008, 0.012, 0.016]),
+            "hiso": _grid(learning_rate=[0.004, 0.008, 0.016]),
+            "normalised": _grid(learning_rate=[0.005, 0.01, 0.02]),
+            "deepstep": [
+                {"learning_rate": 0.02, "head_rate": 3.0},
+                {"learning_rate": 0.03, "head_rate": 3.0},
+                {"learning_rate": 0.03, "head_rate": 4.0},
+            ],
+            "fanstep": [
+                {"learning_rate": 0.014, "head_rate": 4.0},
+                {"learning_rate": 0.02, "head_rate": 4.0},
+                {"learning_rate": 0.02, "head_rate": 8.0},
+            ],
             "headstep": [
                 {"learning_rate": 0.007, "head_rate": 2.0},
                 {"learning_rate": 0.01, "head_rate": 2.0},

@@ -1,19 +1,23 @@
 """What pruning is worth: accuracy under zeroth-order training, and bytes, time and memory of a forward.
 
-    python benchmarks/pruning.py train digits --out benchmarks/results/pruning-digits.json
-    python benchmarks/pruning.py train mnist --data mnist.npz --out benchmarks/results/pruning-mnist.json
+    python benchmarks/pruning.py train digits --out benchmarks/results/pruning-digits.jsonl
+    python benchmarks/pruning.py train lenet --data mnist.npz --out benchmarks/results/pruning-lenet.jsonl
+    python benchmarks/pruning.py table benchmarks/results/pruning-lenet.jsonl
     python benchmarks/pruning.py forward --out benchmarks/results/pruning-forward.json
 
-``train``: every net is trained with the same rounds, perturbations and samples, three learning rates are
-judged on a fifth of the training samples with a seed of their own, and the best one is run on other seeds
-with all of them and judged on the test samples. The estimator, the noise and the replay are those of a
-fleet; a cohort's batches are joined into one, which gives the mean of its scalars in exact arithmetic.
+``train``: every net is trained with the same rounds, perturbations and samples. Its learning rate is sought
+by steps of two, until the best has a worse one on either side, by two runs on four fifths of the training
+samples that are judged on the last fifth; then it is run on other seeds with all of them and judged on the
+test samples. The estimator, the noise and the replay are those of a fleet; a cohort's batches are joined
+into one, which gives the mean of its scalars in exact arithmetic. Every run is a line of the file, and a
+command that was cut off goes on where it stopped.
 
 ``forward``: each figure is taken in a fresh process, ours with ONNX Runtime and the weights as inputs,
 the peer's with torch and backpropagation. Imports count on both sides.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import platform
@@ -22,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,9 +47,10 @@ from profiles.cost import graph_cost
 from profiles.errors import EstimateError
 
 _ROOT = Path(__file__).resolve().parent.parent
-_TUNING_SEED = 100
+_TUNING_SEEDS = (100, 101)
 _STRUCTURED = ("uniform", "random", "erk", "synflow", "ntk")
 _MASKS = ("random", "synflow", "ntk")
+_NET_FIELDS = ("mode", "method", "unit", "fraction")
 
 
 @dataclass(frozen=True)
@@ -57,22 +62,27 @@ class Task:
         rounds: Rounds of a run.
         perturbations: P.
         batch_size: Samples of an agent's batch; eight agents, four asked.
-        rates: Learning rates that are tried.
+        rate: Learning rate that is tried first.
         pool: Images are averaged over squares of this side.
+        method: Update rule.
+        exact: Exact scalars of the last layer, where the rule has them.
     """
 
     model: str
     rounds: int
     perturbations: int
     batch_size: int
-    rates: tuple[float, ...]
+    rate: float
     pool: int = 1
+    method: str = "decomfl"
+    exact: int = 0
 
 
 TASKS = {
-    "digits": Task("mlp", 300, 16, 16, (0.04, 0.08, 0.16)),
-    "mnist": Task("lenet", 300, 10, 16, (0.03, 0.06, 0.12), pool=2),
-    "mnist-resnet20": Task("resnet20", 150, 10, 8, (0.02, 0.04, 0.08), pool=2),
+    "digits": Task("mlp", 300, 16, 16, 0.08),
+    "lenet": Task("lenet", 400, 10, 16, 0.04),
+    "lenet-headstep": Task("lenet", 150, 10, 16, 0.02, method="headstep", exact=64),
+    "resnet20": Task("resnet20", 200, 10, 8, 0.04, pool=2),
 }
 
 
@@ -156,10 +166,10 @@ def train(bundle: Bundle, data: Data, test: Data, task: Task, *, rate: float, se
     forward = Forward(bundle, replica.weights)
     parts = partition(data.y, 8, split="dirichlet", alpha=1.0, min_samples=task.batch_size, seed=seed)
     rng = np.random.default_rng(seed)
-    method = OPTIMIZERS["decomfl"]
+    method = OPTIMIZERS[task.method]
     for number in range(task.rounds):
         asked = rng.choice(8, 4, replace=False)
-        batch = data.pick(np.concatenate([rng.choice(parts[a], task.batch_size) for a in asked]))
+        falling = 1 - number / task.rounds
         plan = RoundPlan(
             round=number,
             seed=seed,
@@ -167,13 +177,17 @@ def train(bundle: Bundle, data: Data, test: Data, task: Task, *, rate: float, se
             steps=1,
             perturbations=task.perturbations,
             epsilon=1e-3,
-            learning_rate=rate * (1 - number / task.rounds),
-            constants=method.values({"smoothing": 0.9}),
+            learning_rate=rate * falling,
+            constants=method.values({"smoothing": 0.9, "head_rate": falling}),
+            exact=task.exact,
         )
+
+        def loss_of(_: int, asked: NDArray[np.int64] = asked) -> Callable[[], float]:
+            batch = data.pick(np.concatenate([rng.choice(parts[a], task.batch_size) for a in asked]))
+            return lambda: forward.loss(batch.x, batch.y, head=task.exact > 0)
+
         try:
-            measured = estimate(
-                replica, plan, lambda _, b=batch: lambda: forward.loss(b.x, b.y), central=True
-            )
+            measured = estimate(replica, plan, loss_of, central=True, head_gradient=forward.head_gradient)
         except EstimateError:
             return float("nan")
         apply_record(replica, RoundRecord(plan, 0, False, measured.scalars, 0), check=False)
@@ -183,55 +197,99 @@ def train(bundle: Bundle, data: Data, test: Data, task: Task, *, rate: float, se
     return right / len(test.y)
 
 
-def row(net: Net, task: Task, data: Data, test: Data, seeds: int) -> dict[str, Any]:
-    """Tune and run one row of the table."""
-    order = np.random.default_rng(_TUNING_SEED).permutation(len(data.y))
+class Journal:
+    """Runs by what they were, in a file with one line a run; a run that it holds is not made again."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        lines = path.read_text(encoding="utf-8").splitlines() if path and path.exists() else []
+        self.runs = [json.loads(line) for line in lines]
+
+    def accuracy(self, key: Mapping[str, Any], make: Callable[[], Mapping[str, float]]) -> float:
+        """Return the accuracy of a run, from the file or by making it."""
+        for run in self.runs:
+            if all(run[name] == value for name, value in key.items()):
+                return float(run["accuracy"])
+        self.runs.append({**key, **make()})
+        if self._path is not None:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(self.runs[-1]) + "\n")
+        return float(self.runs[-1]["accuracy"])
+
+
+def row(net: Net, name: str, data: Data, test: Data, seeds: int, journal: Journal) -> None:
+    """Seek the learning rate of one row of the table, and make its runs."""
+    task = TASKS[name]
+    order = np.random.default_rng(_TUNING_SEEDS[0]).permutation(len(data.y))
     held, rest = data.pick(order[: len(order) // 5]), data.pick(order[len(order) // 5 :])
     with tempfile.TemporaryDirectory() as folder:
-        bundle = make_bundle(net, task, data, _TUNING_SEED, Path(folder))
-        tried = {r: train(bundle, rest, held, task, rate=r, seed=_TUNING_SEED) for r in task.rates}
-        rate = max(tried, key=lambda r: -1.0 if np.isnan(tried[r]) else tried[r])
-        found, params, flops = [], [], []
+        bundles: dict[int, Bundle] = {}
+
+        def run(phase: str, seed: int, rate: float) -> float:
+            def make() -> dict[str, float]:
+                if seed not in bundles:
+                    bundles[seed] = make_bundle(net, task, data, seed, Path(folder) / str(seed))
+                bundle = bundles[seed]
+                known, judge = (rest, held) if phase == "tune" else (data, test)
+                return {
+                    "accuracy": train(bundle, known, judge, task, rate=rate, seed=seed),
+                    "params": bundle.params / bundle.pruning["params_dense"],
+                    "flops": bundle.cost["forward_flops"] / bundle.pruning["forward_flops_dense"],
+                }
+
+            return journal.accuracy(
+                {"task": name, **vars(net), "phase": phase, "seed": seed, "rate": rate}, make
+            )
+
+        @functools.cache
+        def tried(step: int) -> float:
+            found = [run("tune", seed, task.rate * 2.0**step) for seed in _TUNING_SEEDS]
+            return -1.0 if np.isnan(found).any() else statistics.mean(found)
+
+        best = 0
+        while tried(best + 1) > tried(best):
+            best += 1
+        while tried(best - 1) > tried(best):
+            best -= 1
         for seed in range(seeds):
-            bundle = make_bundle(net, task, data, seed, Path(folder) / str(seed))
-            found.append(train(bundle, data, test, task, rate=rate, seed=seed))
-            params.append(bundle.params / bundle.pruning["params_dense"])
-            flops.append(bundle.cost["forward_flops"] / bundle.pruning["forward_flops_dense"])
-    return {
-        **vars(net),
-        "name": net.name,
-        "rate": rate,
-        "tuning": tried,
-        "accuracy": found,
-        "params": statistics.mean(params),
-        "flops": statistics.mean(flops),
-    }
+            run("test", seed, task.rate * 2.0**best)
 
 
-def run_training(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Make the table of accuracies."""
+def run_training(arguments: argparse.Namespace) -> None:
+    """Make the runs of a task that the file does not hold yet, and print the table."""
     task = TASKS[arguments.task]
     path = arguments.data or _ROOT / "examples" / "digits.npz"
     data, test = (load(path, part, task.pool) for part in ("train", "test"))
-    rows = []
-    chosen = nets(arguments.fractions, arguments.units, masks=not arguments.no_masks)
-    for net in chosen:
+    journal = Journal(arguments.out)
+    for net in nets(arguments.fractions, arguments.units, masks=not arguments.no_masks):
         if arguments.only and net.name not in arguments.only:
             continue
         start = time.perf_counter()
-        rows.append(row(net, task, data, test, arguments.seeds))
-        print(_line(rows[-1]), f"{time.perf_counter() - start:5.0f} s", flush=True)
-    return {"task": arguments.task, **vars(task), "seeds": arguments.seeds, "rows": rows}
+        row(net, arguments.task, data, test, arguments.seeds, journal)
+        lines = table([run for run in journal.runs if Net(*map(run.get, _NET_FIELDS)) == net])
+        print(lines[-1], f"{time.perf_counter() - start:5.0f} s", flush=True)
 
 
-def _line(entry: Mapping[str, Any]) -> str:
-    accuracy = [100 * a for a in entry["accuracy"]]
-    spread = statistics.stdev(accuracy) if len(accuracy) > 1 else 0.0
-    return (
-        f"{entry['unit']:6} {entry['fraction']:5.0%} {entry['name']:16} params {entry['params']:6.1%} "
-        f"flops {entry['flops']:6.1%} rate {entry['rate']:<5g} "
-        f"{statistics.mean(accuracy):5.1f} +- {spread:4.1f}"
-    )
+def table(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a line of Markdown for each net that was run on the test samples."""
+    lines = [
+        "| of the | stays | net | parameters | FLOPs | rate | accuracy | each run |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    tested: dict[Net, list[Mapping[str, Any]]] = {}
+    for run in runs:
+        if run["phase"] == "test":
+            tested.setdefault(Net(*(run[name] for name in _NET_FIELDS)), []).append(run)
+    for net, found in tested.items():
+        accuracy = [100 * run["accuracy"] for run in found]
+        spread = statistics.stdev(accuracy) if len(accuracy) > 1 else 0.0
+        params, flops = (statistics.mean(run[name] for run in found) for name in ("params", "flops"))
+        lines.append(
+            f"| {net.unit} | {net.fraction:.0%} | {net.name} | {params:.1%} | {flops:.1%} "
+            f"| {found[0]['rate']:g} | **{statistics.mean(accuracy):.1f}** +- {spread:.1f} "
+            f"| {', '.join(f'{a:.1f}' for a in sorted(accuracy))} |"
+        )
+    return lines
 
 
 def run_forward(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -241,7 +299,7 @@ def run_forward(arguments: argparse.Namespace) -> dict[str, Any]:
         np.random.default_rng(0).standard_normal((64, 3, 32, 32)).astype(np.float32),
         np.arange(64, dtype=np.int64) % 10,
     )
-    task = Task("resnet20", 0, 0, 0, ())
+    task = TASKS["resnet20"]
     kinds = {
         "dense": Net("narrow", "none", "params", 1.0),
         "mask ntk 10 %": Net("mask", "ntk", "params", 0.1),
@@ -328,13 +386,15 @@ def main(words: Sequence[str] | None = None) -> int:
     training = commands.add_parser("train")
     training.add_argument("task", choices=TASKS)
     training.add_argument("--data", type=Path)
-    training.add_argument("--seeds", type=int, default=3)
+    training.add_argument("--seeds", type=int, default=5)
     training.add_argument("--fractions", type=float, nargs="+", default=[0.5, 0.25, 0.1])
     training.add_argument("--units", nargs="+", default=["params"], choices=["params", "macs"])
     training.add_argument("--only", nargs="+", help="Names of rows, such as 'narrow ntk'.")
     training.add_argument("--no-masks", action="store_true")
     forwards = commands.add_parser("forward")
     forwards.add_argument("--batch", type=int, default=32)
+    tables = commands.add_parser("table")
+    tables.add_argument("files", type=Path, nargs="+")
     for command in (training, forwards):
         command.add_argument("--out", type=Path)
     one = commands.add_parser("measure")
@@ -345,10 +405,16 @@ def main(words: Sequence[str] | None = None) -> int:
     if arguments.command == "measure":
         print(json.dumps(measure(arguments.kind, arguments.folder, arguments.batch)))
         return 0
-    found = run_training(arguments) if arguments.command == "train" else run_forward(arguments)
-    found["machine"] = f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}"
-    if arguments.out:
-        arguments.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if arguments.command == "train":
+        run_training(arguments)
+    elif arguments.command == "table":
+        for path in arguments.files:
+            print("\n".join(table(Journal(path).runs)), end="\n\n")
+    else:
+        found = run_forward(arguments)
+        found["machine"] = f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}"
+        if arguments.out:
+            arguments.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

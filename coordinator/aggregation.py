@@ -6,7 +6,7 @@ Knows replies as rows of numbers. Does not know rounds, nor who is suspected (``
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from edge_agent.plan import RoundPlan
 from edge_agent.wire import Reply
 
-__all__ = ["RULES", "aggregate", "aggregate_shares", "mean_loss", "tolerated"]
+__all__ = ["RULES", "aggregate", "aggregate_levels", "aggregate_shares", "mean_loss", "tolerated"]
 
 _Matrix = NDArray[np.float64]
 
@@ -38,6 +38,27 @@ def aggregate(replies: Mapping[int, Reply], *, rule: str = "mean", liars: float 
     return RULES[rule](rows, samples, tolerated(len(order), liars)).astype(np.float32)
 
 
+def aggregate_levels(
+    replies: Mapping[int, Reply], levels: Sequence[int], plan: RoundPlan, *, rule: str, liars: float
+) -> NDArray[np.float32]:
+    """Return a record's scalars: float32 of shape (K, ``plan.scalars``).
+
+    Args:
+        replies: As for :func:`aggregate_shares`.
+        levels: By agent number, which width of a family it holds; the scalars of a level are taken over the
+            agents that hold it or a wider one, and are 0 where nobody does.
+        plan: Of the round.
+        rule: As for :func:`aggregate`.
+        liars: As for :func:`aggregate`.
+    """
+    parts = np.zeros((plan.levels, plan.steps, plan.scalars // plan.levels), np.float32)
+    for level, part in enumerate(parts):
+        holders = {agent: reply for agent, reply in replies.items() if levels[agent] >= level}
+        if holders:
+            part[...] = aggregate_shares(holders, plan, rule=rule, liars=liars).reshape(part.shape)
+    return np.concatenate(list(parts), axis=1)
+
+
 def aggregate_shares(
     replies: Mapping[int, Reply], plan: RoundPlan, *, rule: str = "mean", liars: float = 0.2
 ) -> NDArray[np.float32]:
@@ -50,7 +71,7 @@ def aggregate_shares(
         liars: As for :func:`aggregate`.
 
     Returns:
-        Float32 of shape (K * ``plan.scalars``,).
+        Float32 of shape (K * ``plan.scalars``,), of one level where there are several.
     """
     every = aggregate(replies, rule=rule, liars=liars)
     if plan.shares == 1:

@@ -340,19 +340,23 @@ class Authority:
         counting = {one.name for one in found if one.revoked is None}
         return frozenset(one.name for one in found) - counting
 
-    def note_applied(self) -> None:
-        """Note that a broker goes by the newest revocation list."""
+    def list_number(self) -> int:
+        """Return the number of the newest revocation list."""
+        return self._numbers()["list"]
+
+    def note_applied(self, number: int) -> None:
+        """Note that a broker goes by the revocation list of that number."""
         with self._database() as database:
-            database.execute(
-                "UPDATE numbers SET value = (SELECT value FROM numbers WHERE name = 'list') "
-                "WHERE name = 'applied'"
-            )
+            database.execute("UPDATE numbers SET value = ? WHERE name = 'applied'", (number,))
 
     def is_applied(self) -> bool:
         """Return whether a broker has noted that it goes by the newest revocation list."""
+        numbers = self._numbers()
+        return numbers["applied"] == numbers["list"]
+
+    def _numbers(self) -> dict[str, int]:
         with self._database() as database:
-            rows = dict(database.execute("SELECT name, value FROM numbers").fetchall())
-        return bool(rows["applied"] == rows["list"])
+            return dict(database.execute("SELECT name, value FROM numbers").fetchall())
 
     def _own_identity(self, stem: str, name: str, addresses: Iterable[str] = ()) -> Identity:
         key = new_key()

@@ -5,6 +5,7 @@ Knows log, replica and checkpoint file. Does not know who asks, nor how an answe
 
 import hashlib
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from coordinator.scalar_log import ScalarLog
@@ -29,7 +30,7 @@ class CatchUp:
         log: Of the run.
         run: Its name.
         epoch: Of the coordinator.
-        bundle_identity: Of what is trained.
+        identities: of a family of bundles, the narrowest first and what is trained last, or of that alone.
         checkpoint: File for the replica; None keeps it in memory alone.
         web: Port of the web server that hands out the file, and whether it wants certificates; None for none.
 
@@ -43,7 +44,7 @@ class CatchUp:
         *,
         run: str,
         epoch: int,
-        bundle_identity: str,
+        identities: Sequence[str],
         checkpoint: Path | None,
         web: tuple[int, bool] | None,
     ) -> None:
@@ -51,10 +52,10 @@ class CatchUp:
         self._log = log
         self._run = run
         self._epoch = epoch
-        self._bundle_identity = bundle_identity
+        self._identities = list(identities)
         self._checkpoint = checkpoint
         self._web = web
-        self._snapshot: tuple[int, bytes] | None = None  # the round before which it stands, and the message
+        self._snapshots: dict[int, tuple[int, bytes]] = {}  # by level: its round, the message
         self._offered: Counter[str] = Counter()
         self._tokens: dict[str, tuple[float, float]] = {}  # by agent: slices left, and when that was
 
@@ -64,12 +65,15 @@ class CatchUp:
         Raises:
             StateError: The disk does not take it; the message is there all the same.
         """
-        if replica.weights.nbytes < MAX_MESSAGE:
-            state = replica_bytes(replica, bundle_identity=self._bundle_identity, run=self._run)
-            message = encode(Snapshot(self._epoch, state))
-            self._snapshot = (replica.round, message) if len(message) <= MAX_MESSAGE else None
+        for level, identity in enumerate(self._identities):
+            one = replica.at_level(level) if replica.stops else replica
+            if one.weights.nbytes < MAX_MESSAGE:
+                state = replica_bytes(one, bundle_identity=identity, run=self._run)
+                message = encode(Snapshot(self._epoch, state))
+                if len(message) <= MAX_MESSAGE:
+                    self._snapshots[level] = (replica.round, message)
         if self._checkpoint is not None:
-            save_replica(self._checkpoint, replica, bundle_identity=self._bundle_identity, run=self._run)
+            save_replica(self._checkpoint, replica, bundle_identity=self._identities[-1], run=self._run)
             if self._web is not None:
                 self.stored = self._offer(self._checkpoint, replica.round, self._web)
                 self._offered.clear()
@@ -81,16 +85,22 @@ class CatchUp:
         self._tokens[name] = (max(0.0, tokens - 1.0), now)
         return tokens >= 1.0
 
-    def answer(self, name: str, first: int) -> bytes:
+    def answer(self, name: str, first: int, *, level: int = -1) -> bytes:
         """Return what an agent gets that lacks the records from ``first`` on.
 
         An offer is made three times for each checkpoint: whoever cannot fetch it gets records in the end.
+
+        Args:
+            name: Of the agent.
+            first: The round of the first record.
+            level: Which width of a family it holds; the widest in place of -1.
         """
-        if self._snapshot is not None and first < self._snapshot[0]:
-            round_, snapshot = self._snapshot
-            if len(snapshot) < self._log.bytes_between(first, round_):
-                return snapshot
-        stored = self.stored
+        widest = len(self._identities) - 1
+        level = widest if level < 0 else level
+        round_, snapshot = self._snapshots.get(level, (0, b""))
+        if first < round_ and len(snapshot) < self._log.bytes_between(first, round_):
+            return snapshot
+        stored = self.stored if level == widest else None
         if stored is not None and first < stored.round and self._offered[name] < _OFFERS:
             saves = stored.size < self._log.bytes_between(first, stored.round)
             if saves:

@@ -19,6 +19,7 @@ from coordinator.experiment import (
     Evaluation,
     Experiment,
     Fleet,
+    Health,
     Method,
     Model,
     Privacy,
@@ -47,6 +48,7 @@ _OPEN_RANGES = {
     **dict.fromkeys(("smoothing", "nu", "momentum", "beta1", "beta2", "average", "decay"), (0.0, 1.0)),
     **dict.fromkeys(("floor", "head_rate", "stabiliser", "clip"), (0.0, 1e6)),
     "kept": (1e-6, 1.0),
+    "levels": (1.0, 17.0),
     "shares": (1.0, 256.0),
     "layers": (1.0, 256.0),
 }
@@ -60,6 +62,7 @@ _SECTIONS: dict[str, type[Any]] = {
     "fleet": Fleet,
     "broker": BrokerChoice,
     "evaluation": Evaluation,
+    "health": Health,
     "privacy": Privacy,
 }
 
@@ -92,11 +95,11 @@ def with_settings(experiment: Experiment, overrides: Sequence[str]) -> Experimen
 
 def _resolved(table: dict[str, Any], overrides: Sequence[str], *, source: str) -> Experiment:
     written_for = _get(table, "method", "name")
-    for assignment in overrides:
-        override(table, assignment, paths={"data.path"})
+    asked = {override(table, assignment, paths={"data.path"}) for assignment in overrides}
     if isinstance(method := table.get("method"), dict):
         for constant in _constants_of(written_for).keys() - _constants_of(method.get("name")).keys():
-            method.pop(constant, None)
+            if f"method.{constant}" not in asked:  # what was asked for by name is refused, not dropped
+                method.pop(constant, None)
     faults = Faults()
     experiment = _experiment(table, faults)
     _check_together(experiment, faults)
@@ -236,6 +239,20 @@ def _check_together(experiment: Experiment, faults: Faults) -> None:
         _check_method(experiment.method, faults)
     if faults.clear("privacy", "fleet", "method", "devices") and experiment.privacy.masks != "none":
         _check_masks(experiment, faults)
+    if faults.clear("pruning.widths", "method.name"):
+        rule = METHODS[experiment.method.name]
+        if experiment.pruning.widths and not rule.nested:
+            faults.refuse(
+                "pruning.widths",
+                list(experiment.pruning.widths),
+                f'needs `method.name = "nested"`: `{rule.name}` trains one net on all boards.',
+            )
+        elif experiment.pruning.widths and faults.clear("fleet") and fleet.aggregation != "mean":
+            faults.refuse(
+                "fleet.aggregation",
+                fleet.aggregation,
+                "compares agents that hold the same net. With `pruning.widths` it must be mean.",
+            )
     if faults.clear("method", "fleet.aggregation"):
         shares = experiment.method.constants.get("shares", 1.0)
         if shares > 1 and fleet.aggregation != "mean":
@@ -272,6 +289,19 @@ def _check_masks(experiment: Experiment, faults: Faults) -> None:
             "method.shares",
             experiment.method.constants["shares"],
             'deals agents into shares, and `privacy.masks` = "pairwise" shows one sum alone. Set it to 1.',
+        )
+    if experiment.pruning.widths:
+        faults.refuse(
+            "pruning.widths",
+            list(experiment.pruning.widths),
+            'wants one mean for each width, and `privacy.masks` = "pairwise" shows one sum alone. '
+            "Leave one of them out.",
+        )
+    if METHODS[experiment.method.name].nested:
+        faults.refuse(
+            "method.name",
+            experiment.method.name,
+            'sums each width by itself; `privacy.masks` = "pairwise" shows one sum alone. Choose another.',
         )
     if not 3 <= asked <= _LARGEST_MASKED:
         faults.refuse(

@@ -89,6 +89,7 @@ _WORDS = (
         "Flash again with the right system: 64-bit Arm for Raspberry Pi and Jetson.",
     ),
 )  # fmt: skip
+_UPDATES_GONE_WRONG = ("refused", "failed", "returned")
 _FAILED = {
     "machine": ("the payload is for another processor", "Use an image of the board's own architecture."),
     "python": ("the system's Python is another one than the wheels'", "Flash again with --python."),
@@ -145,6 +146,11 @@ def diagnose_report(report: str | None, *, flashed: bool) -> list[Verdict]:
         for line in last
         if line.startswith("warning: ")
     ]
+    updates = [line.removeprefix("update ") for line in lines if line.startswith("update ")]
+    if updates and updates[-1].startswith(_UPDATES_GONE_WRONG):
+        verdicts.append(
+            Verdict("warning", f"its last update was {updates[-1]}", "`scalarfed update` offers it again.")
+        )
     ends = [line.removeprefix("agent ended: ") for line in last if line.startswith("agent ended: ")]
     if ends:
         verdicts.append(_of_end(ends[-1], len(ends)))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from coordinator.aggregation import RULES
-from coordinator.schema import Choice, CountOrAll, Number, Text, Whole, Wholes
+from coordinator.schema import Choice, CountOrAll, Fractions, Number, Text, Whole, Wholes
 from edge_agent.optimizer import METHODS
 from profiles.budget import Budget
 
@@ -23,6 +23,7 @@ __all__ = [
     "Evaluation",
     "Experiment",
     "Fleet",
+    "Health",
     "Method",
     "Model",
     "Privacy",
@@ -76,11 +77,13 @@ class Pruning:
         density: The fraction of the parameters that stays.
         draws: Redrawn nets per schedule step.
         schedule_steps: Steps in which the density falls.
+        widths: Fractions of every layer's width, of further nets that are trained with the pruned one and
+            share its weights: every board gets the widest that its memory holds.
     """
 
     method: Annotated[
         str, Choice(("ntk", "synflow", "snip", "grasp", "magnitude", "erk", "random", "uniform", "none"))
-    ] = "ntk"
+    ] = "uniform"
     density: Annotated[
         float,
         Number(
@@ -89,6 +92,7 @@ class Pruning:
     ] = 0.5
     draws: Annotated[int, Whole(1, 1000)] = 5
     schedule_steps: Annotated[int, Whole(1, 1000)] = 20
+    widths: Annotated[tuple[float, ...], Fractions(remedy="For example `widths = [0.25, 0.5, 0.75]`.")] = ()
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,7 @@ class Method:
     learning_rate: Annotated[
         float, Number(above=0, remedy="Try 0.01 first, and a tenth of it if the loss climbs.")
     ]
-    name: Annotated[str, Choice(tuple(METHODS))] = "headstep"
+    name: Annotated[str, Choice(tuple(METHODS))] = "deepstep"
     epsilon: Annotated[float, Number(above=0, most=1, remedy="1e-3 suits most nets.")] = 1e-3
     perturbations: Annotated[int, Whole(1, 65535, remedy="8 is a good start.")] = 8
     exact: Annotated[int, Whole(0, 16384, remedy="64 is a good start; each is 4 bytes of a reply.")] = 64
@@ -223,6 +227,20 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Health:
+    """What is done when a run is not well: a loss jumps or diverges, or weights reach the end of their grid.
+
+    Attributes:
+        answer: ``none`` only says so; ``halve`` halves the learning rate; ``rollback`` also goes back to the
+            round with the lowest loss so far.
+        most: How often that is done in a run.
+    """
+
+    answer: Annotated[str, Choice(("none", "halve", "rollback"))] = "none"
+    most: Annotated[int, Whole(1, 20)] = 3
+
+
+@dataclass(frozen=True)
 class Privacy:
     """How little a reply says of any one agent.
 
@@ -263,6 +281,7 @@ class Experiment:
     devices: tuple[Device, ...]
     broker: BrokerChoice
     evaluation: Evaluation
+    health: Health
     privacy: Privacy = field(default_factory=Privacy)
     seed: Annotated[int, Whole()] = 7
     rounds: Annotated[int, Whole(1, 2**31 - 1)] = 400

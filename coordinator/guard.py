@@ -160,7 +160,7 @@ class Guard:
         """Return the coordinator's connection, and the link over it that signs what it says."""
         if self._broker is None:
             raise ValueError("start the broker first")
-        client_id = f"{topics.run}-coordinator"
+        client_id = f"{COORDINATOR}:{topics.run}"  # a colon is in no device's name, which is its client id
         carrier = MqttLink(self._broker.url, client_id=client_id, tls=self._context(self._coordinator))
         return carrier, SayingLink(
             carrier,
@@ -179,6 +179,7 @@ class Guard:
         if version == self._seen:
             return self.shut_out
         self._seen = version
+        number = self.authority.list_number()  # before the list is looked at: what comes later is not applied
         revoked = self._revoked_serials()
         gone = sorted({revoked[serial] for serial in revoked.keys() - self._revoked.keys()})
         self._revoked = revoked
@@ -191,7 +192,7 @@ class Guard:
                     self._end_connection(name)
             else:  # Windows: mosquitto reads its lists only when it starts, and everybody connects anew
                 self._broker.restart()
-        self.authority.note_applied()
+        self.authority.note_applied(number)
         return self.shut_out
 
     def _end_connection(self, name: str) -> None:
@@ -199,8 +200,11 @@ class Guard:
         if self._broker is None:
             return
         parts = urlsplit(self._broker.agents_url)
-        stand_in = self._context(self.authority.stand_in(name))
-        greet((str(parts.hostname), int(parts.port or 8883)), timeout_s=_KICK_S, tls=stand_in)
+        identity = self.authority.stand_in(name)
+        context = self._context(identity)
+        identity.key.unlink()
+        identity.certificate.unlink()
+        greet((str(parts.hostname), int(parts.port or 8883)), timeout_s=_KICK_S, tls=context)
 
     def _listener(self, server: Identity) -> list[str]:
         return [

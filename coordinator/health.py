@@ -30,6 +30,10 @@ class Health:
 
     Args:
         learning_rate: As the experiment has it, for the advice.
+
+    Attributes:
+        alarming: Whether something that the latest record brought asks for a lower learning rate.
+        calmest: The round after which the loss was lowest, by the median of the rounds before it.
     """
 
     def __init__(self, learning_rate: float) -> None:
@@ -37,6 +41,9 @@ class Health:
         self._losses: deque[float] = deque(maxlen=_WINDOW)
         self._first: list[float] = []
         self._said: dict[str, int] = {}
+        self.alarming = False
+        self.calmest = 0
+        self._lowest = math.inf
 
     def observe(self, record: RoundRecord, loss: float | None, replica: Replica) -> list[str]:
         """Take in a record and return what is not well.
@@ -47,6 +54,7 @@ class Health:
             replica: After the record; only read.
         """
         round_ = record.plan.round
+        self.alarming = False
         if record.skipped or loss is None:
             return []
         found = {**self._of_losses(loss), **self._of_scalars(record)}
@@ -54,6 +62,9 @@ class Health:
             found |= self._of_replica(replica)
         fresh = [kind for kind in found if round_ - self._said.get(kind, -_SILENT_ROUNDS) >= _SILENT_ROUNDS]
         self._said.update(dict.fromkeys(fresh, round_))
+        self.alarming = bool({"spike", "divergence", "saturation"}.intersection(fresh))
+        if len(self._losses) == _WINDOW and (level := statistics.median(self._losses)) < self._lowest:
+            self._lowest, self.calmest = level, round_ + 1
         return [found[kind] for kind in fresh]
 
     def _of_losses(self, loss: float) -> dict[str, str]:

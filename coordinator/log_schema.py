@@ -7,7 +7,7 @@ import sqlite3
 
 __all__ = ["SCHEMA_VERSION", "create", "migrate"]
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 _FIRST = """
 CREATE TABLE meta(key TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -30,7 +30,11 @@ CREATE TABLE ledger(day TEXT NOT NULL, agent TEXT NOT NULL, account TEXT NOT NUL
     PRIMARY KEY(day, agent)) WITHOUT ROWID;
 """
 
-_STEPS = (_FIRST, _SECOND)
+_THIRD = """
+CREATE TABLE abandoned(at REAL NOT NULL, round INTEGER NOT NULL, record BLOB NOT NULL, chain BLOB NOT NULL);
+"""
+
+_STEPS = (_FIRST, _SECOND, _THIRD)
 
 
 def create(db: sqlite3.Connection) -> None:

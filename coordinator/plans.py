@@ -11,8 +11,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import fields
 
 from coordinator.config import with_settings
-from coordinator.experiment import Experiment
+from coordinator.experiment import Experiment, Method
 from edge_agent.bundle import Bundle
+from edge_agent.head import taking_part
 from edge_agent.optimizer import METHODS
 from edge_agent.plan import RoundPlan
 from profiles.errors import ConfigError
@@ -54,6 +55,16 @@ class Plans:
     def __call__(self, round_: int) -> RoundPlan:
         """Return what a round asks."""
         return plan_of(self.experiment(round_), self._bundle, round_)
+
+    @property
+    def latest(self) -> int:
+        """The round from which the latest change counts."""
+        return self._versions[-1][0]
+
+    def change_at(self, round_: int, settings: Sequence[str]) -> str:
+        """Forget the changes from a round on, then change settings there; see :meth:`change`."""
+        self._versions = [self._versions[0], *(v for v in self._versions[1:] if v[0] < round_)]
+        return self.change(round_, settings)
 
     def experiment(self, round_: int) -> Experiment:
         """Return the experiment as it stands for a round."""
@@ -109,10 +120,8 @@ def plan_of(experiment: Experiment, bundle: Bundle, round_: int) -> RoundPlan:
         name: value * (factor if name in method.scheduled else 1.0)
         for name, value in settings.constants.items()
     }
-    last = settings.constants.get("layers")
-    exact = [tensor for tensor in bundle.tensors if tensor.name in bundle.head]
-    if last is not None:
-        exact = [tensor for layer in bundle.layers[-int(last) :] for tensor in layer]
+    if method.nested:
+        constants["levels"] = max(1, len(bundle.stops))
     return RoundPlan(
         round=round_,
         seed=experiment.seed,
@@ -122,5 +131,15 @@ def plan_of(experiment: Experiment, bundle: Bundle, round_: int) -> RoundPlan:
         epsilon=settings.epsilon,
         learning_rate=settings.learning_rate * factor,
         constants=method.values(constants),
-        exact=min(settings.exact, sum(tensor.size for tensor in exact)) if method.head else 0,
+        exact=_exact(settings, bundle),
     )
+
+
+def _exact(settings: Method, bundle: Bundle) -> int:
+    """Return how many exact scalars a step has: as asked, but no more than the layers that take part have."""
+    if "layers" in settings.constants:
+        last = bundle.layers[-int(settings.constants["layers"]) :]
+        return min(settings.exact, sum(tensor.size for layer in last for tensor in layer))
+    told = [layer for layer in (bundle.head, bundle.hidden)[: METHODS[settings.name].head] if layer]
+    sizes = [sum(tensor.size for tensor in bundle.tensors if tensor.name in layer) for layer in told]
+    return min(settings.exact, sum(sizes[: taking_part(settings.exact, sizes)]))

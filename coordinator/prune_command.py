@@ -3,6 +3,7 @@
 Knows what the options mean together. Does not know how a net is pruned, nor the command line.
 """
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ from numpy.typing import NDArray
 
 from coordinator.progress import Observer
 from coordinator.prune_picture import BudgetLine, prune_picture
-from edge_agent.bundle import Bundle
+from coordinator.scalar_log import ScalarLog
+from edge_agent.bundle import Bundle, read_bundle
 from edge_agent.data import load_samples, to_inputs
 from profiles.budget import predict_peak_mib
 from profiles.cost import Cost, graph_cost
@@ -46,7 +48,9 @@ class PruneRequest:
         macs: Multiply-accumulates that a forward of one sample may take.
         fit: A profile whose memory the training may use.
         batch_size: Samples of a forward pass, for ``fit`` and the picture.
-        method: One of :data:`pruning.prune.METHODS`.
+        method: One of :data:`pruning.prune.METHODS`, or ``autoflip``; what trained best if None: ``uniform``
+            for narrower layers, ``ntk`` for masks.
+        explored: For ``autoflip``, the folder of a run in which the agents explored.
         mode: ``structured`` or ``mask``.
         draws: Draws of the saliency per step.
         seed: Names the draws and the fresh weights.
@@ -62,7 +66,8 @@ class PruneRequest:
     macs: float | None = None
     fit: str | None = None
     batch_size: int = 32
-    method: str = "ntk"
+    method: str | None = None
+    explored: Path | None = None
     mode: str = "structured"
     draws: int = 5
     seed: int = 0
@@ -85,6 +90,8 @@ def prune_to_bundle(request: PruneRequest, *, observer: Observer) -> dict[str, A
         DataError: The data file is missing or malformed.
         ProfileError: There is no such profile.
     """
+    if request.method is None:
+        request = dataclasses.replace(request, method="ntk" if request.mode == "mask" else "uniform")
     _check(request)
     problem = _problem(request)
     allowed_mib = load_profile(request.fit).memory_mib.value if request.fit else None
@@ -111,6 +118,15 @@ def _check(request: PruneRequest) -> None:
         raise ConfigError(
             "--mode mask takes a reference net and --density only: a mask saves neither MACs nor memory",
             hint="Leave --mode out for narrower layers.",
+        )
+    if (request.method == "autoflip") != (request.explored is not None):
+        raise ConfigError(
+            f"--method {request.method} and --explored {request.explored} do not go together",
+            hint="Give --method autoflip, and --explored with the folder of a run of the net, not pruned.",
+        )
+    if request.method == "autoflip" and (request.mode == "mask" or ":" in request.model):
+        raise ConfigError(
+            "--method autoflip makes narrower layers of a reference net", hint="Leave --mode out."
         )
     if request.data is None and (request.shape is None or request.classes is None):
         raise ConfigError(
@@ -176,7 +192,7 @@ def _write_narrow(
             sample_shape=problem.sample_shape,
             classes=problem.classes,
             name=request.model.rpartition(":")[2],
-            method=request.method,
+            method=str(request.method),
             density=density,
             allowance=allowance,
             draws=request.draws,
@@ -184,20 +200,49 @@ def _write_narrow(
             progress=observer.pruning,
         )
     else:
+        densities, hidden = _explored(request, density)
         pruned = prune_model(
             request.model,
             sample_shape=problem.sample_shape,
             classes=problem.classes,
-            method=request.method,
+            method=str(request.method),
             density=density,
             allowance=allowance,
             draws=request.draws,
             seed=request.seed,
             standardise=None if problem.inputs is None else standardisation(problem.inputs),
             labelled=_labelled(problem),
+            densities=densities,
+            hidden=hidden,
             progress=observer.pruning,
         )
     return write_pruned(pruned, request.out, cost=_cost)
+
+
+def _explored(
+    request: PruneRequest, density: float
+) -> tuple[dict[str, float] | None, tuple[int, ...] | None]:
+    """Return the densities that the agents' own scalars of a run tell, and the hidden widths of its MLP."""
+    if request.explored is None:
+        return None, None
+    from pruning.autoflip import guided_densities
+
+    bundle = read_bundle(request.explored / "bundle")
+    if bundle.pruning["params"] != bundle.pruning["params_dense"] or bundle.stops:
+        raise ConfigError(
+            f"the net of {request.explored} was pruned before: {bundle.pruning['params']:,} of "
+            f"{bundle.pruning['params_dense']:,} parameters",
+            hint="Let the agents explore with pruning.method=none.",
+        )
+    if request.model not in ("auto", bundle.model):
+        raise ConfigError(
+            f"the run {request.explored} has the net {bundle.model}, not {request.model}",
+            hint=f"Write {bundle.model}, or auto.",
+        )
+    with ScalarLog.open(request.explored / "log.sqlite") as log:
+        found = guided_densities(bundle, log.explorations(), density=density)
+    widths = bundle.pruning["widths_dense"]
+    return found, tuple(widths.values()) if bundle.model == "mlp" else None
 
 
 def _write_mask(
@@ -210,7 +255,7 @@ def _write_mask(
         request.model,
         sample_shape=problem.sample_shape,
         classes=problem.classes,
-        method=request.method,
+        method=str(request.method),
         density=0.5 if request.density is None else request.density,
         draws=request.draws,
         seed=request.seed,

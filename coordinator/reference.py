@@ -13,10 +13,12 @@ from edge_agent.bundle import Bundle
 from edge_agent.data import Samples, to_inputs
 from edge_agent.estimator import estimate
 from edge_agent.forward import Forward
-from edge_agent.head import chosen
+from edge_agent.head import chosen, head_size
+from edge_agent.optimizer import method_by_code
 from edge_agent.plan import RoundPlan
 from edge_agent.replay import Replica
 from edge_agent.wire import RoundOpen
+from profiles.errors import EstimateError
 
 __all__ = ["Reference"]
 
@@ -35,7 +37,6 @@ class Reference:
     def __init__(self, bundle: Bundle, replica: Replica, samples: Samples) -> None:
         self._replica = replica
         self._forward = Forward(bundle, replica.weights)
-        self._head = sum(tensor.size for tensor in bundle.tensors if tensor.name in bundle.head)
         self._classes = [int(label) for label in np.unique(samples.y)]
         each = max(1, _MOST_SAMPLES // len(self._classes))
         taken = np.concatenate([np.flatnonzero(samples.y == label)[:each] for label in self._classes])
@@ -46,9 +47,12 @@ class Reference:
         """Return the scalars of the round's first step: of shape (P, classes), and exact ones (Q, classes).
 
         Raises:
-            EstimateError: A loss is not finite.
+            EstimateError: A loss is not finite, or only torch on a board knows the exact scalars.
         """
         plan = opened.plan
+        if method_by_code(plan.method).autodiff == "gradient":
+            raise EstimateError(f"the exact scalars of {method_by_code(plan.method).name} need torch")
+        sizes = [head_size(layer) for layer in self._replica.exact_layers(plan)]
         losses: list[NDArray[np.float64]] = []
 
         def loss() -> float:
@@ -60,23 +64,23 @@ class Reference:
             replace(plan, steps=1),
             lambda batch: loss,
             central=opened.central,
-            head_gradient=lambda: np.zeros(self._head, np.float32),
+            head_gradient=lambda: np.zeros(sum(sizes), np.float32),
         )
-        exact = [self._exact(plan)] if plan.exact else []
+        exact = [self._exact(plan, sizes)] if plan.exact else []
         found = np.array(losses)
         if opened.central:
             pairs = found[: 2 * plan.perturbations]
             return [(pairs[0::2] - pairs[1::2]) / (2.0 * plan.epsilon), *exact]
         return [(found[1 : plan.perturbations + 1] - found[0]) / plan.epsilon, *exact]
 
-    def _exact(self, plan: RoundPlan) -> NDArray[np.float64]:
-        """Return the asked coordinates of the last layer's gradient, class by class."""
+    def _exact(self, plan: RoundPlan, sizes: list[int]) -> NDArray[np.float64]:
+        """Return the asked coordinates of the last layers' gradients, class by class."""
         columns = []
         for label in self._classes:
             mine = self._y == label
-            self._forward.loss(np.ascontiguousarray(self._x[mine]), self._y[mine], head=True)
+            self._forward.loss(np.ascontiguousarray(self._x[mine]), self._y[mine], head=len(sizes))
             gradient = self._forward.head_gradient().reshape(-1).astype(np.float64)
-            columns.append(gradient[chosen(plan, 0, gradient.size)])
+            columns.append(gradient[chosen(plan, 0, sizes)])
         return np.stack(columns, axis=1)
 
     def _losses(self) -> NDArray[np.float64]:

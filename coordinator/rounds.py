@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coordinator.actions import Action, Announce, Commit, Late, Note, Terms, Uncover
-from coordinator.aggregation import aggregate_shares, mean_loss, tolerated
+from coordinator.aggregation import aggregate_levels, mean_loss, tolerated
 from coordinator.attendance import SILENT_ROUNDS, Attendance
 from coordinator.ledger import Ledger, Work
 from coordinator.outliers import Outliers
@@ -49,7 +49,7 @@ class _Open:
     opened_s: float
     announced_s: float
     resend_s: float
-    digest: int
+    digests: tuple[int, ...]
     members: frozenset[int]
     waiting: set[int]
     present: set[int]
@@ -73,6 +73,7 @@ class Rounds:
         reference: What the classes' scalars are in the first step of a round; by them the other rules see who
             cannot have measured. None where the coordinator has no samples.
         ledger: What the agents may spend; None asks all of them for whole batches.
+        levels: Which width of the family each agent holds, 0 for the narrowest; empty without a family.
 
     Attributes:
         dropped: Count of replies that changed nothing, by reason.
@@ -94,6 +95,7 @@ class Rounds:
         seed: int,
         reference: Callable[[RoundOpen], Sequence[NDArray[np.float64]]] | None = None,
         ledger: Ledger | None = None,
+        levels: Sequence[int] = (),
     ) -> None:
         self.dropped: Counter[str] = Counter()
         self.outliers = Outliers()
@@ -109,6 +111,7 @@ class Rounds:
         self._uncounted: frozenset[int] = frozenset()
         self.unready: set[int] = set()
         self._waited_for_keys_s = 0.0
+        self.levels = tuple(levels) or (0,) * fleet
         self._paused = False
         self._open: _Open | None = None
         self._link_up = True
@@ -292,7 +295,7 @@ class Rounds:
             return "wrong number of scalars"
         if not 1 <= reply.samples <= opened.message.batch_of(agent):
             return "wrong number of samples"
-        if reply.digest != opened.digest:
+        if reply.digest != opened.digests[self.levels[agent]]:
             return "digest disagrees"
         return None
 
@@ -339,32 +342,27 @@ class Rounds:
             opened.uncovering, opened.waited_s, opened.announced_s = True, 0.0, now
             opened.resend_s = opened.terms.resend_s
             return [Uncover(plan.round, frozenset(counted))]
-        shape = (plan.steps, plan.scalars)
         alike = plan.shares == 1 and found is None  # agents of unlike shares measure unlike things
         changes = self.outliers.observe(counted, self._classes(opened)) if alike and not skipped else []
-        flat = np.zeros(plan.steps * plan.scalars, np.float32)
+        scalars = np.zeros((plan.steps, plan.scalars), np.float32)
         trusted, liars = self._trusted(counted, opened.terms)
         # Where as many were left out as may lie, nobody is left to trim: the mean makes most of the others.
         rule = "trimmed" if len(trusted) < len(counted) and liars == 0 else opened.terms.rule
         if found is not None:
-            flat = found[0]
+            scalars = found[0].reshape(plan.steps, plan.scalars)
         elif not skipped:
-            flat = aggregate_shares(trusted, plan, rule=rule, liars=liars)
-        record = RoundRecord(plan, self._epoch, skipped, flat.reshape(shape), digest=0)
+            scalars = aggregate_levels(trusted, self.levels, plan, rule=rule, liars=liars)
+        record = RoundRecord(plan, self._epoch, skipped, scalars, digest=0)
         apply_record(self.replica, record, check=False)
-        record = replace(record, digest=self.replica.digest())
+        record = record.ending(self.replica.digests())
         self._recent = [*self._recent, record][-_RECENT:]
         self._open = None
         self._stragglers[plan.round] = opened.waiting
         self._stragglers.pop(plan.round - _RECENT, None)
         actions: list[Action] = []
         for agent in sorted(opened.members):
-            told = self.attendance.account(
-                agent,
-                plan.round,
-                counted=agent in counted and not skipped,
-                silent=agent in opened.waiting,
-            )
+            done, silent = agent in counted and not skipped, agent in opened.waiting
+            told = self.attendance.account(agent, plan.round, counted=done, silent=silent)
             actions += [Note(kind, agent, text) for kind, text in told]
         if skipped:
             missing = f"round {plan.round}: {len(counted)} of {self._needed(opened)} needed"
@@ -444,7 +442,7 @@ class Rounds:
             opened_s=now,
             announced_s=now,
             resend_s=terms.resend_s,
-            digest=self._recent[-1].digest if self._recent else self.replica.digest(),
+            digests=self._recent[-1].digests if self._recent else self.replica.digests(),
             members=frozenset(members),
             waiting=set(members),
             present={agent for agent in members if self.attendance.members[agent].online},

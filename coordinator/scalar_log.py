@@ -12,7 +12,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from coordinator.log_schema import SCHEMA_VERSION, create, migrate
+from edge_agent.plan import RoundPlan
 from edge_agent.wire import Reply, RoundRecord, decode_record, encode_record
 from profiles.errors import DigestError, LogError, WireError
 
@@ -280,6 +284,22 @@ class ScalarLog:
         """Return how many replies of an agent came, late ones and failed ones too."""
         return self._count("SELECT COUNT(*) FROM replies WHERE agent = ?", agent)
 
+    def explorations(self) -> dict[str, list[tuple[RoundPlan, NDArray[np.float32]]]]:
+        """Return for each agent the plan of every round and its own scalars; zeros where it sent none."""
+        query = "SELECT round, scalars FROM replies WHERE agent = ? AND LENGTH(scalars) > 0 ORDER BY round"
+        plans = [record.plan for record in self.records()]
+        found = {}
+        for row in self.fleet():
+            sent = {
+                number: np.frombuffer(data, "<f4") for number, data in self._db.execute(query, (row.name,))
+            }
+            shapes = [(plan, (plan.steps, plan.scalars)) for plan in plans]
+            found[row.name] = [
+                (plan, sent.get(plan.round, np.zeros(shape, np.float32)).reshape(shape))
+                for plan, shape in shapes
+            ]
+        return found
+
     def answered_at_once(self, start: int = 0) -> int:
         """Return how many replies from round ``start`` on were counted without a second announcement."""
         return self._count("SELECT COUNT(*) FROM replies WHERE attempt = 0 AND counted AND round >= ?", start)
@@ -287,6 +307,34 @@ class ScalarLog:
     def count_events(self, kind: str, agent: str) -> int:
         """Return how often something happened to an agent."""
         return self._count("SELECT COUNT(*) FROM events WHERE kind = ? AND agent = ?", kind, agent)
+
+    def roll_back(self, round_: int, *, changes: str, change: str) -> None:
+        """Let the log end before a round; its records from there on are kept aside, for people.
+
+        Args:
+            round_: The first one that no longer counts, from 0 to the length of the log.
+            changes: Kind of the events that tell changes of the plan: later ones no longer count either.
+            change: The text of the change that counts from this round on.
+        """
+        now = time.time()
+        with self._db:
+            self._db.execute(
+                "INSERT INTO abandoned SELECT ?, round, record, chain FROM records WHERE round >= ?",
+                (now, round_),
+            )
+            self._db.execute("DELETE FROM records WHERE round >= ?", (round_,))
+            self._db.execute("DELETE FROM evaluations WHERE round > ?", (round_,))
+            self._db.execute("UPDATE replies SET counted = 0 WHERE round >= ?", (round_,))
+            self._db.execute(
+                "UPDATE events SET kind = kind || ', abandoned' "
+                "WHERE kind = ? AND json_extract(text, '$.round') >= ?",
+                (changes, round_),
+            )
+            self._insert_events([(now, changes, "", change)])
+
+    def abandoned(self) -> int:
+        """Return how many records were gone back from."""
+        return self._count("SELECT COUNT(*) FROM abandoned")
 
     def texts_of(self, kind: str) -> list[str]:
         """Return what the events of a kind say, in the order in which they were noted."""

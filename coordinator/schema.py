@@ -17,6 +17,7 @@ __all__ = [
     "Choice",
     "CountOrAll",
     "Faults",
+    "Fractions",
     "Number",
     "RefusedError",
     "Rule",
@@ -139,6 +140,22 @@ class Wholes:
         if any(isinstance(item, bool) or not isinstance(item, int) or item < self.least for item in value):
             raise RefusedError(_sentences(f"must hold whole numbers of at least {self.least}", self.remedy))
         return tuple(value)
+
+
+@dataclass(frozen=True)
+class Fractions:
+    """A list of different numbers in (0, 1); empty is allowed."""
+
+    remedy: str = ""
+
+    def __call__(self, value: object) -> tuple[float, ...]:
+        """Return the numbers in ascending order."""
+        if not isinstance(value, list):
+            raise RefusedError(_sentences("must be a list of numbers", self.remedy))
+        numbers = [item for item in value if isinstance(item, int | float) and 0 < item < 1]
+        if len(numbers) < len(value) or len(set(numbers)) < len(numbers) or len(numbers) > 15:
+            raise RefusedError(_sentences("must hold at most 15 different numbers in (0, 1)", self.remedy))
+        return tuple(sorted(float(number) for number in numbers))
 
 
 @dataclass(frozen=True)

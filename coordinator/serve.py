@@ -11,6 +11,7 @@ from typing import Any
 
 from coordinator.config import load_experiment
 from coordinator.control import Control
+from coordinator.family import read_family
 from coordinator.plans import CHANGED, Plans
 from coordinator.rebuild import CHECKPOINT, resume_replica
 from coordinator.scalar_log import ScalarLog
@@ -56,9 +57,17 @@ def serve_run(
         log.add_event("coordinator started", "", f"epoch {epoch}, round {replica.round}")
         plans = Plans(experiment, bundle, log.texts_of(CHANGED))
         recent = list(log.records(max(0, replica.round - 4)))
+        levels = json.loads(log.meta().get("levels", "[]"))
         ledger = ledger_of(experiment, bundle, log)
         rounds = rounds_of(
-            experiment, bundle, replica, epoch=epoch, recent=recent, plans=plans, ledger=ledger
+            experiment,
+            bundle,
+            replica,
+            epoch=epoch,
+            recent=recent,
+            plans=plans,
+            ledger=ledger,
+            levels=levels,
         )
         topics = Topics("scalarfed", experiment.name)
         if connect is not None:
@@ -78,6 +87,7 @@ def serve_run(
             agents=[agent.name for agent in experiment.agents],
             bundle_identity=bundle.identity,
             masked=experiment.privacy.masks != "none",
+            narrower=[one.identity for one in read_family(bundle.folder)[:-1]],
             privacy=privacy_of(experiment),
             checkpoint=run / CHECKPOINT,
             web=web,

@@ -19,6 +19,7 @@ from coordinator.status import read_status
 from coordinator.unveil import Veils
 from edge_agent.link import Connected, Link, Message
 from edge_agent.masked_wire import is_masked
+from edge_agent.replay import Replica
 from edge_agent.roster import pack_names
 from edge_agent.topics import Topics, shard_of
 from edge_agent.wire import Reply, RoundRecord, SliceRequest, decode, encode
@@ -48,6 +49,7 @@ class Service:
         web: Port of the web server that hands out the checkpoint, and whether it wants certificates; None for
             none.
         masked: Whether only the sum of the replies is to be read.
+        narrower: Identities of the narrower bundles of a family, the narrowest first.
         privacy: What every agent does to its scalars: ``clip`` and ``noise``; None for nothing.
         shards: Topics over which the agents are spread.
         checkpoint: File for the replica as it is every few hundred rounds; it bounds what a late joiner, or
@@ -75,6 +77,7 @@ class Service:
         bundle_identity: str,
         web: tuple[int, bool] | None = None,
         masked: bool = False,
+        narrower: Sequence[str] = (),
         privacy: Mapping[str, float] | None = None,
         shards: int = 1,
         checkpoint: Path | None = None,
@@ -103,7 +106,7 @@ class Service:
             log,
             run=topics.run,
             epoch=rounds.epoch,
-            bundle_identity=bundle_identity,
+            identities=[*narrower, bundle_identity],
             checkpoint=checkpoint,
             web=web,
         )
@@ -224,9 +227,19 @@ class Service:
         }
 
     @property
+    def replica(self) -> Replica:
+        """The coordinator's replica."""
+        return self._rounds.replica
+
+    @property
     def final_digest(self) -> int:
         """Digest of the coordinator's replica."""
         return self._rounds.replica.digest()
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """Which width of the family each agent holds, by number; all 0 without a family."""
+        return self._rounds.levels
 
     def bytes_seen(self) -> tuple[int, int]:
         """Return the bytes that came from and went to the broker so far."""
@@ -447,7 +460,8 @@ class Service:
         if not self.late.may_ask(name, now):
             self._drop("requests too often", name)
             return
-        self._link.publish(self._topics.answer(name), self.late.answer(name, message.first))
+        level = self._rounds.levels[self._numbers[name]]
+        self._link.publish(self._topics.answer(name), self.late.answer(name, message.first, level=level))
 
     def _drop(self, reason: str, name: str, text: str = "") -> None:
         self.dropped[reason] += 1

@@ -19,19 +19,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coordinator.actions import Action, Announce, Commit
+from coordinator.answers import Answers, RolledBack
 from coordinator.config import dump
+from coordinator.evaluation import Evaluator, judge_widths
 from coordinator.experiment import Experiment
+from coordinator.family import deal_levels, read_family
 from coordinator.health import Health
 from coordinator.partition import partition
+from coordinator.plans import CHANGED, Plans
 from coordinator.progress import Observer, Standing
+from coordinator.rebuild import rebuild
 from coordinator.rounds import Rounds
 from coordinator.scalar_log import ScalarLog
-from coordinator.testbed import Evaluator, make_bundle, read_samples, rounds_of
+from coordinator.testbed import make_bundle, read_samples, rounds_of
 from edge_agent.bundle import Bundle
 from edge_agent.data import Samples
 from edge_agent.forward import Forward
 from edge_agent.measure import forward_for, measure
 from edge_agent.privacy import Privacy, privatise
+from edge_agent.replay import Replica
 from edge_agent.wire import Reply, RoundOpen, decode, encode
 from profiles.errors import ConfigError, EstimateError
 from profiles.memory import peak_rss_mib
@@ -99,46 +105,55 @@ def _simulate(experiment: Experiment, folder: Path, observer: Observer) -> dict[
     train, test = read_samples(experiment)
     parts = deal(experiment, train)
     bundle = make_bundle(experiment, folder / "bundle", train, observer)
+    family = None
+    if bundle.stops:
+        slices = {a.name: train.pick(part) for a, part in zip(experiment.agents, parts, strict=True)}
+        family = deal_levels(experiment, read_family(bundle.folder), slices)
     (folder / "experiment.toml").write_text(dump(experiment), encoding="utf-8")
     meta = {"bundle": bundle.identity, "name": experiment.name, "rounds": str(experiment.rounds)}
     names = [agent.name for agent in experiment.agents]
     with ScalarLog.create(folder / "log.sqlite", meta) as log:
         log.set_agents([(a.id, a.name, a.profile, a.memory_mib, None) for a in experiment.agents])
-        replica = bundle.replica()
-        rounds = rounds_of(experiment, bundle, replica, epoch=log.next_epoch())
-        judge = Evaluator(bundle, replica, test)
-        log.add_evaluation(0, *judge())
         observer.stage(f"simulating {len(names)} agents by {experiment.method.name}")
         spent = Spending()
-        health = Health(experiment.method.learning_rate)
 
-        def on_commit(action: Commit) -> None:
-            done = action.record.plan.round + 1
-            replies = {names[number]: (*reply, 0.0) for number, reply in action.replies.items()}
-            log.append(action.record, loss=action.loss, opened_at=0.0, closed_at=0.0, replies=replies)
-            for text in health.observe(action.record, action.loss, replica):
-                log.add_event("health", "", f"round {action.record.plan.round}: {text}")
-                observer.line(f"round {done}: {text}")
-            if done % experiment.evaluation.every == 0 or done == experiment.rounds:
-                log.add_evaluation(done, *judge())
-            known = log.last_evaluation()
-            accuracy = known[1] if known else None
-            observer.round(
-                Standing(
-                    done,
-                    experiment.rounds,
-                    action.loss,
-                    accuracy,
-                    len(names),
-                    len(names),
-                    spent.bytes_up,
-                    spent.bytes_down,
-                )
+        def run() -> Replica:
+            replica = rebuild(bundle, log)
+            plans = Plans(experiment, bundle, log.texts_of(CHANGED))
+            recent = list(log.records(max(0, replica.round - 4)))
+            rounds = rounds_of(
+                experiment,
+                bundle,
+                replica,
+                epoch=log.next_epoch(),
+                recent=recent,
+                plans=plans,
+                levels=levels,
             )
+            watch = _Watch(experiment, log, observer, names, Evaluator(bundle, replica, test), plans, spent)
+            if replica.round == 0:
+                log.add_evaluation(0, *watch.judge())
+            play(
+                rounds,
+                bundle,
+                train,
+                parts,
+                narrower=narrower,
+                on_commit=lambda action: watch.on_commit(action, replica),
+                spent=spent,
+                privacy=privacy,
+            )
+            return replica
 
+        narrower, levels = (family.bundles[:-1], family.levels) if family is not None else ((), ())
         asked = experiment.privacy
         privacy = Privacy(asked.clip, asked.noise) if asked.clip else None
-        play(rounds, bundle, train, parts, on_commit=on_commit, spent=spent, privacy=privacy)
+        while True:
+            try:
+                replica = run()
+                break
+            except RolledBack as back:
+                observer.line(back.text)
         loss, accuracy = log.last_evaluation() or (None, None)
         summary = {
             "name": experiment.name,
@@ -157,8 +172,56 @@ def _simulate(experiment: Experiment, folder: Path, observer: Observer) -> dict[
             "bundle": bundle.identity,
             "seed": experiment.seed,
         }
+        if family is not None:
+            summary["widths"] = judge_widths(family.bundles, replica, levels, test)
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     return summary
+
+
+class _Watch:
+    """Writes what a simulation brings, and looks after its health."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        log: ScalarLog,
+        observer: Observer,
+        names: Sequence[str],
+        judge: Evaluator,
+        plans: Plans,
+        spent: Spending,
+    ) -> None:
+        self.judge = judge
+        self._experiment = experiment
+        self._log = log
+        self._observer = observer
+        self._names = names
+        self._spent = spent
+        self._health = Health(experiment.method.learning_rate)
+        self._answers = Answers(experiment, plans, log, self._health)
+
+    def on_commit(self, action: Commit, replica: Replica) -> None:
+        """Take in a record that was applied.
+
+        Raises:
+            RolledBack: The log was cut for the sake of health.
+        """
+        round_, names, log, spent = action.record.plan.round, self._names, self._log, self._spent
+        done = round_ + 1
+        replies = {names[number]: (*reply, 0.0) for number, reply in action.replies.items()}
+        log.append(action.record, loss=action.loss, opened_at=0.0, closed_at=0.0, replies=replies)
+        for text in self._health.observe(action.record, action.loss, replica):
+            log.add_event("health", "", f"round {round_}: {text}")
+            self._observer.line(f"round {done}: {text}")
+        if done % self._experiment.evaluation.every == 0 or done == self._experiment.rounds:
+            log.add_evaluation(done, *self.judge())
+        known = log.last_evaluation()
+        accuracy, agents, rounds = known[1] if known else None, len(names), self._experiment.rounds
+        self._observer.round(
+            Standing(done, rounds, action.loss, accuracy, agents, agents, spent.bytes_up, spent.bytes_down)
+        )
+        if text := self._answers.after(round_):
+            self._observer.line(f"round {done}: {text}")
 
 
 def deal(experiment: Experiment, train: Samples) -> list[NDArray[np.int64]]:
@@ -179,6 +242,7 @@ def play(
     train: Samples,
     parts: Sequence[NDArray[np.int64]],
     *,
+    narrower: Sequence[Bundle] = (),
     on_commit: Callable[[Commit], None],
     spent: Spending,
     stop: Callable[[], bool] = lambda: False,
@@ -191,13 +255,15 @@ def play(
         bundle: What is trained.
         train: All samples.
         parts: For each agent the indices of its own.
+        narrower: Of a nested family, the other bundles, the narrowest first.
         on_commit: Called with every record, in order.
         spent: Counts what the agents would have spent.
         stop: Asked after every record; True ends the simulation.
         privacy: What the agents do to their replies; its noise differs every time.
     """
     replica = rounds.replica
-    forward: Forward | TorchForward | None = None
+    views = [*(replica.at_level(level) for level in range(len(narrower))), replica]
+    forwards: list[Forward | TorchForward] = []
     pending: deque[Action] = deque(rounds.start(0.0))
     while pending:
         action = pending.popleft()
@@ -207,11 +273,14 @@ def play(
                 return
         elif isinstance(action, Announce) and not action.message.closing:
             opened, size = action.message, len(encode(action.message))
-            digest = replica.digest()
-            forward = forward or forward_for(bundle, replica, opened.plan)
+            digests = [view.digest() for view in views]
+            held = zip([*narrower, bundle], views, strict=True)
+            forwards = forwards or [forward_for(one, view, opened.plan) for one, view in held]
             for number in range(len(parts)):
                 if number in opened.cohort:
-                    reply = _reply(forward, train, parts[number], opened, number, digest, rounds, spent)
+                    level = rounds.levels[number] if narrower else 0
+                    seen = forwards[level], views[level], digests[level]
+                    reply = _reply(*seen, train, parts[number], opened, number, spent)
                     if privacy is not None:
                         scalars = privatise(reply.scalars, privacy, os.urandom)
                         reply = replace(reply, scalars=scalars, loss=0.0)
@@ -221,12 +290,12 @@ def play(
 
 def _reply(
     forward: "Forward | TorchForward",
+    replica: Replica,
+    digest: int,
     train: Samples,
     part: NDArray[np.int64],
     opened: RoundOpen,
     number: int,
-    digest: int,
-    rounds: Rounds,
     spent: Spending,
 ) -> Reply:
     """Return what an agent answers, after its way through the bytes of the wire."""
@@ -240,7 +309,7 @@ def _reply(
         digest=digest,
     )
     try:
-        made = measure(forward, train, rounds.replica, opened, number, own=part)
+        made = measure(forward, train, replica, opened, number, own=part)
         reply = replace(reply, loss=made.loss, scalars=made.scalars.reshape(-1))
         spent.forwards += made.forwards
     except EstimateError:

@@ -6,7 +6,7 @@ predicted, except what is called so.
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +23,27 @@ __all__ = ["write_summary"]
 
 
 def write_summary(
-    out: Path, experiment: Experiment, bundle: Bundle, log: ScalarLog, service: Service
+    out: Path,
+    experiment: Experiment,
+    family: Sequence[Bundle],
+    log: ScalarLog,
+    service: Service,
+    *,
+    widths: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Write ``summary.json`` into the run folder and return what it holds.
 
     Args:
         out: The run folder.
         experiment: What was run.
-        bundle: What was trained.
+        family: What was trained; the narrowest first where there are several widths.
         log: All of it.
         service: With the last status of every agent.
+        widths: What each width of a family can.
     """
+    bundle = family[-1]
     settings = experiment.method
-    final = service.final_digest
+    digests = [f"{digest:016x}" for digest in service.replica.digests()]
     last_round = len(log)
     evaluation = log.last_evaluation()
     dense_cost = {key.removesuffix("_dense"): value for key, value in bundle.pruning.items()}
@@ -45,6 +53,7 @@ def write_summary(
             params=bundle.pruning["params_dense"],
         ),
         "pruned": Cost.from_dict(bundle.cost, params=bundle.params),
+        **{f"{level}": Cost.from_dict(one.cost, params=one.params) for level, one in enumerate(family)},
     }
     step_flops = {
         which: flops_per_step(
@@ -59,7 +68,7 @@ def write_summary(
     }
     statuses = service.statuses
     agents = []
-    for row in log.fleet():
+    for row, level in zip(log.fleet(), service.levels, strict=True):
         status = statuses.get(row.name, {})
         agents.append(
             {
@@ -70,7 +79,7 @@ def write_summary(
                 "peak_rss_mib": status.get("peak_rss_mib"),
                 "enforcement": status.get("enforcement"),
                 "samples": status.get("samples"),
-                "flops_spent": log.replies_of(row.name) * settings.local_steps * step_flops["pruned"],
+                "flops_spent": log.replies_of(row.name) * settings.local_steps * step_flops[f"{level}"],
                 "rounds_missed": log.count_events("missed", row.name),
                 "restarts": log.count_events("agent ended", row.name),
                 "digest": status.get("digest"),
@@ -80,7 +89,8 @@ def write_summary(
     privacy = experiment.privacy
     most = max((log.replies_of(row.name) for row in log.fleet()), default=0)
     agree = bool(agents) and all(
-        agent["digest"] == f"{final:016x}" and agent["round"] == last_round for agent in agents
+        agent["digest"] == digests[level] and agent["round"] == last_round
+        for agent, level in zip(agents, service.levels, strict=True)
     )
     summary: dict[str, Any] = {
         "name": experiment.name,
@@ -109,11 +119,12 @@ def write_summary(
             else {}
         ),
         "digests_agree": agree,
-        "final_digest": f"{final:016x}",
+        "final_digest": digests[-1],
         "seconds_per_round": log.seconds_per_round(),
         "broker": log.meta().get("broker", ""),
         "messages_dropped": service.counts(),
         "agents": agents,
+        **({"widths": list(widths)} if widths else {}),
         "model": bundle.model,
         "bundle": bundle.identity,
         "seed": experiment.seed,

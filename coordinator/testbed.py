@@ -8,7 +8,7 @@ run goes on where it stopped.
 import contextlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -17,10 +17,13 @@ from typing import Any
 import numpy as np
 
 from coordinator.actions import Terms
+from coordinator.answers import Answers, RolledBack
 from coordinator.broker import Broker, open_broker
 from coordinator.config import dump, load_experiment
 from coordinator.control import Control
-from coordinator.experiment import AgentPlan, Experiment
+from coordinator.evaluation import Evaluator, judge_widths
+from coordinator.experiment import Experiment
+from coordinator.family import deal_levels, folders_of, read_family
 from coordinator.guard import Guard, connect, guard_of
 from coordinator.health import Health
 from coordinator.ledger import Ledger
@@ -39,28 +42,23 @@ from coordinator.service import Service
 from coordinator.summary import write_summary
 from edge_agent.bundle import Bundle, read_bundle, sign_bundle
 from edge_agent.data import Samples, load_samples, to_inputs
-from edge_agent.forward import Forward
 from edge_agent.optimizer import METHODS
 from edge_agent.replay import Replica
 from edge_agent.topics import Topics
 from edge_agent.wire import RoundRecord
-from profiles.budget import Prediction, check_memory, predict_peak_mib
-from profiles.cost import Cost, graph_cost
+from profiles.cost import graph_cost
 from profiles.errors import ConfigError, DataError, ScalarfedError
 
 __all__ = [
-    "Evaluator",
-    "evaluate",
     "ledger_of",
     "make_bundle",
     "prepare",
     "privacy_of",
     "read_samples",
+    "refuse_unmeasurable",
     "rounds_of",
     "run_testbed",
 ]
-
-_EVALUATION_BATCH = 256
 
 
 def run_testbed(experiment: Experiment, *, out: Path, resume: bool, observer: Observer) -> dict[str, Any]:
@@ -106,14 +104,21 @@ def run_testbed(experiment: Experiment, *, out: Path, resume: bool, observer: Ob
         observer.line(f"broker: {broker.kind} at {broker.agents_url}")
         log.set_meta("broker", broker.kind)
         try:
-            service = _train(
-                experiment, out, bundle, test, log=log, broker=broker, guard=guard, observer=observer
-            )
+            while True:
+                try:
+                    service = _train(
+                        experiment, out, bundle, test, log=log, broker=broker, guard=guard, observer=observer
+                    )
+                    break
+                except RolledBack as back:
+                    observer.line(back.text)
         except BaseException as error:
             log.add_event("interrupted", "", f"{type(error).__name__}: {error}")
             raise
         observer.stage("writing the report")
-        summary = write_summary(out, experiment, bundle, log, service)
+        family = read_family(bundle.folder)
+        widths = judge_widths(family, service.replica, service.levels, test) if bundle.stops else []
+        summary = write_summary(out, experiment, family, log, service, widths=widths)
     write_report(out)
     return summary
 
@@ -170,7 +175,7 @@ def _prepare(experiment: Experiment, folder: Path, observer: Observer) -> None:
     )
     bundle = make_bundle(experiment, folder / "bundle", train, observer)
     slices = {agent.name: train.pick(part) for agent, part in zip(agents, parts, strict=True)}
-    predictions = {agent.name: _predict(experiment, bundle, agent, slices[agent.name]) for agent in agents}
+    family = deal_levels(experiment, read_family(bundle.folder), slices)
     (folder / "agents").mkdir()
     for name, samples in slices.items():
         home = folder / "agents" / name
@@ -179,12 +184,17 @@ def _prepare(experiment: Experiment, folder: Path, observer: Observer) -> None:
     (folder / "experiment.toml").write_text(dump(experiment), encoding="utf-8")
     with ScalarLog.create(
         folder / "log.sqlite",
-        {"bundle": bundle.identity, "name": experiment.name, "rounds": str(experiment.rounds)},
+        {
+            "bundle": bundle.identity,
+            "name": experiment.name,
+            "rounds": str(experiment.rounds),
+            "levels": json.dumps(family.levels),
+        },
     ) as log:
         log.set_agents(
             [
-                (agent.id, agent.name, agent.profile, agent.memory_mib, predictions[agent.name].total_mib)
-                for agent in agents
+                (agent.id, agent.name, agent.profile, agent.memory_mib, needed.total_mib)
+                for agent, needed in zip(agents, family.predictions, strict=True)
             ]
         )
 
@@ -192,17 +202,24 @@ def _prepare(experiment: Experiment, folder: Path, observer: Observer) -> None:
 def make_bundle(experiment: Experiment, folder: Path, train: Samples, observer: Observer) -> Bundle:
     """Prune the experiment's model for its data and write it as a bundle.
 
+    Where the experiment names widths, their bundles are written beside it, and the widest is returned.
+
     Raises:
         ConfigError: The method needs what the graph cannot tell.
         ModelError: The density cannot be reached, or the net cannot be exported.
     """
     from pruning.models import choose_model, standardisation
+    from pruning.nested import write_family
     from pruning.prune import prune_model, write_pruned
 
     settings = experiment.pruning
     inputs, classes = to_inputs(train.x), int(train.y.max()) + 1
     model = choose_model(experiment.model.name, sample_shape=inputs.shape[1:])
     observer.stage(f"pruning {model} to density {settings.density:g} by {settings.method}")
+    shared: dict[str, Any] = {
+        "hidden": experiment.model.hidden if model == "mlp" else None,
+        "standardise": standardisation(inputs),
+    }
     pruned = prune_model(
         model,
         sample_shape=inputs.shape[1:],
@@ -212,49 +229,41 @@ def make_bundle(experiment: Experiment, folder: Path, train: Samples, observer: 
         draws=settings.draws,
         schedule_steps=settings.schedule_steps,
         seed=experiment.seed,
-        hidden=experiment.model.hidden if model == "mlp" else None,
-        standardise=standardisation(inputs),
         progress=observer.pruning,
+        **shared,
     )
     observer.line(
         f"{pruned.model}: {pruned.params_dense:,} -> {pruned.params:,} parameters, "
         f"{pruned.macs_dense:,} -> {pruned.macs:,} MACs a sample"
     )
-    bundle = write_pruned(pruned, folder, cost=lambda graph: graph_cost(graph).as_dict())
+    if settings.widths:
+        folders = folders_of(folder, len(settings.widths))[::-1]
+        family = write_family(pruned, folders, fractions=settings.widths, cost=_cost, **shared)
+        sizes = ", ".join(f"{bundle.params:,}" for bundle in family)
+        observer.line(f"{len(family)} nested widths of {sizes} parameters")
+        return family[-1]
+    bundle = write_pruned(pruned, folder, cost=_cost)
+    refuse_unmeasurable(experiment, bundle)
+    return bundle
+
+
+def refuse_unmeasurable(experiment: Experiment, bundle: Bundle) -> None:
+    """Do nothing if an agent can measure what the method asks; else refuse.
+
+    Raises:
+        ConfigError: The method needs what the graph cannot tell.
+    """
     method = METHODS[experiment.method.name]
     if method.head and not method.autodiff and experiment.method.exact and not bundle.head:
         raise ConfigError(
             f"`{experiment.method.name}` needs the last layer's gradient, and the last layer of "
-            f"{pruned.model} is not linear",
+            f"{bundle.model} is not linear",
             hint="Set method.name to decomfl or hiso, or method.exact to 0.",
         )
-    return bundle
 
 
-def _predict(experiment: Experiment, bundle: Bundle, agent: AgentPlan, samples: Samples) -> Prediction:
-    """Return what the agent will need at its peak.
-
-    Raises:
-        BudgetError: More than it may use; says what would fit.
-    """
-    prediction = predict_peak_mib(
-        Cost.from_dict(bundle.cost, params=bundle.params),
-        batch_size=experiment.method.batch_size,
-        curvature_bytes_per_param=METHODS[experiment.method.name].bytes_per_weight,
-        autodiff=METHODS[experiment.method.name].autodiff,
-        data_bytes=samples.x.nbytes + samples.y.nbytes,
-        graph_bytes=bundle.graph_path.stat().st_size,
-    )
-    if experiment.fleet.unfit == "fit":
-        return prediction
-    check_memory(
-        prediction,
-        agent.memory_mib,
-        model=bundle.model,
-        device=agent.name,
-        density=bundle.params / bundle.pruning["params_dense"],
-    )
-    return prediction
+def _cost(graph: bytes) -> Mapping[str, int]:
+    return graph_cost(graph).as_dict()
 
 
 def rounds_of(
@@ -266,6 +275,7 @@ def rounds_of(
     recent: Sequence[RoundRecord] = (),
     plans: Plans | None = None,
     ledger: Ledger | None = None,
+    levels: Sequence[int] = (),
 ) -> Rounds:
     """Return the state machine of an experiment's rounds, not yet started.
 
@@ -277,6 +287,7 @@ def rounds_of(
         recent: The records just before that round.
         plans: What each round asks; the experiment's own plans where left out.
         ledger: What the agents may spend.
+        levels: By agent number, the width of the family that it holds.
     """
     asked = plans or Plans(experiment, bundle)
     return Rounds(
@@ -288,6 +299,7 @@ def rounds_of(
         seed=experiment.seed,
         reference=_reference(experiment, bundle, replica),
         ledger=ledger,
+        levels=levels,
     )
 
 
@@ -295,10 +307,12 @@ def ledger_of(experiment: Experiment, bundle: Bundle, log: ScalarLog) -> Ledger:
     """Return the books of a prepared run, as the log holds them."""
     agents = experiment.agents
     predicted = [row.predicted_mib for row in log.fleet()]
+    batch_size, levels = experiment.method.batch_size, json.loads(log.meta().get("levels", "[]"))
+    prices = [price_of(one, predicted, batch_size=batch_size) for one in read_family(bundle.folder)]
     return Ledger(
         [agent.name for agent in agents],
         [agent.budget for agent in agents],
-        price_of(bundle, predicted, batch_size=experiment.method.batch_size),
+        lambda work: prices[levels[work.agent] if levels else 0](work),
         today=lambda: datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         stored=log.accounts(),
     )
@@ -338,43 +352,6 @@ def _reference(experiment: Experiment, bundle: Bundle, replica: Replica) -> Refe
     return Reference(bundle, replica, load_samples(experiment.data.path, "test", classes=bundle.classes))
 
 
-class Evaluator:
-    """Judges a replica by samples that no agent has.
-
-    Args:
-        bundle: Whose graph it is.
-        replica: Only read; where the method keeps a running mean of the weights, that is judged.
-        samples: The test samples.
-    """
-
-    def __init__(self, bundle: Bundle, replica: Replica, samples: Samples) -> None:
-        self._bundle = bundle
-        self._replica = replica
-        self._samples = samples
-        self._weights = replica.evaluated()
-        self._forward = Forward(bundle, self._weights)
-
-    def __call__(self) -> tuple[float, float]:
-        """Return mean loss and accuracy at the replica's present round."""
-        weights = self._replica.evaluated()
-        if weights.ctypes.data != self._weights.ctypes.data:  # a running mean begins with the first record
-            self._weights = weights
-            self._forward = Forward(self._bundle, weights)
-        return evaluate(self._forward, self._samples)
-
-
-def evaluate(forward: Forward, samples: Samples) -> tuple[float, float]:
-    """Return mean loss and accuracy over all samples."""
-    losses = 0.0
-    right = 0
-    for start in range(0, len(samples), _EVALUATION_BATCH):
-        batch = samples.pick(slice(start, start + _EVALUATION_BATCH))
-        loss, correct = forward.evaluate(to_inputs(batch.x), batch.y)
-        losses += loss * len(batch)
-        right += correct
-    return losses / len(samples), right / len(samples)
-
-
 def _train(
     experiment: Experiment,
     out: Path,
@@ -389,11 +366,22 @@ def _train(
     epoch = log.next_epoch()
     replica = resume_replica(bundle, log, checkpoint=out / CHECKPOINT, run=experiment.name)
     judge = Evaluator(bundle, replica, test)
+    levels = json.loads(log.meta().get("levels", "[]"))
+    family = read_family(bundle.folder)
     log.add_event("coordinator started", "", f"epoch {epoch}, round {replica.round}")
     plans = Plans(experiment, bundle, log.texts_of(CHANGED))
     recent = list(log.records(max(0, replica.round - 4)))
     ledger = ledger_of(experiment, bundle, log)
-    rounds = rounds_of(experiment, bundle, replica, epoch=epoch, recent=recent, plans=plans, ledger=ledger)
+    rounds = rounds_of(
+        experiment,
+        bundle,
+        replica,
+        epoch=epoch,
+        recent=recent,
+        plans=plans,
+        ledger=ledger,
+        levels=levels,
+    )
     accuracy: float | None = None
 
     def evaluate_now() -> None:
@@ -402,6 +390,7 @@ def _train(
         log.add_evaluation(replica.round, loss, accuracy)
 
     health = Health(experiment.method.learning_rate)
+    answers = Answers(experiment, plans, log, health)
 
     def on_commit(record: RoundRecord, loss: float | None) -> None:
         done = record.plan.round + 1
@@ -415,8 +404,10 @@ def _train(
         observer.round(
             Standing(done, present.rounds, loss, accuracy, service.online(), agents, *service.bytes_seen())
         )
+        if text := answers.after(record.plan.round):
+            observer.line(f"round {done}: {text}")
 
-    with local_fleet(experiment, out, broker, log, guard) as supervisor:
+    with local_fleet(experiment, out, broker, log, guard, levels) as supervisor:
 
         def on_idle() -> None:
             control.poll()
@@ -438,6 +429,7 @@ def _train(
             agents=[agent.name for agent in experiment.agents],
             bundle_identity=bundle.identity,
             masked=experiment.privacy.masks != "none",
+            narrower=[one.identity for one in family[:-1]],
             privacy=privacy_of(experiment),
             checkpoint=out / CHECKPOINT,
             on_commit=on_commit,

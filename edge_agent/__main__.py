@@ -158,7 +158,7 @@ class _Process:
                 _LOG.warning("%s cannot be used: %s; going on without", options.state, error)
         self.agent = Agent(
             name=options.name,
-            bundle_identity=self.bundle.identity,
+            bundle_identity=self.bundle.family or self.bundle.identity,
             replica=self._first_replica(),
             fresh_replica=self.bundle.replica,
             estimate=self._estimate,

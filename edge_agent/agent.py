@@ -248,7 +248,7 @@ class Agent:
             return [] if already else [Report("closed")]
         if self._number not in opened.cohort:
             return []
-        if opened.records and self.replica.digest() != opened.records[-1].digest:
+        if opened.records and self.replica.digest() != opened.records[-1].digest_at(self.replica.level):
             self._start_again("digest disagreed")
             return self._advance(now)
         return [self._answer(opened, self._number)]

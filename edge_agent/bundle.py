@@ -79,8 +79,11 @@ class Bundle:
             ``weight_bytes`` and what else the exporter knew.
         pruning: How the net was made smaller.
         head: Names of the tensors whose gradient the graph tells as ``head_gradient``; empty if it does not.
+        hidden: The same of the linear layer before the last, and ``hidden_gradient``.
         variants: Names of further graphs that compute the same with operators of the compiled kernel.
         identity: SHA-256 of the manifest, hexadecimal: names the bundle.
+        stops: Where each width of a family of nets ends in the flat vector; empty without a family.
+        family: Identity of the family's widest bundle, which names the run's; empty for that one itself.
     """
 
     folder: Path
@@ -93,8 +96,11 @@ class Bundle:
     cost: Mapping[str, int]
     pruning: Mapping[str, Any]
     head: tuple[str, ...]
+    hidden: tuple[str, ...]
     variants: tuple[str, ...]
     identity: str
+    stops: tuple[int, ...] = ()
+    family: str = ""
 
     @property
     def params(self) -> int:
@@ -125,6 +131,8 @@ class Bundle:
             self.segments,
             tensors=tuple(spans.values()),
             head=tuple(spans[name] for name in self.head),
+            stops=self.stops,
+            hidden=tuple(spans[name] for name in self.hidden),
             layers=tuple(tuple(spans[tensor.name] for tensor in layer) for layer in self.layers),
         )
 
@@ -160,7 +168,10 @@ def write_bundle(
     cost: Mapping[str, int],
     pruning: Mapping[str, Any],
     head: Sequence[str] = (),
+    hidden: Sequence[str] = (),
     variants: Mapping[str, bytes] | None = None,
+    stops: Sequence[int] = (),
+    family: str = "",
 ) -> Bundle:
     """Write a bundle folder; the weights are moved to the nearest points of their grids.
 
@@ -176,7 +187,10 @@ def write_bundle(
         pruning: How the net was made smaller.
         head: Names of the last linear layer's tensors, in the order of the layout, if the graph has the
             output ``head_gradient``: their gradient, row by row and one tensor after the other.
+        hidden: The same of the layer before, whose gradient is the output ``hidden_gradient``.
         variants: ONNX files by name that compute the same with operators of the compiled kernel.
+        stops: As in :class:`Bundle`, and so is the following.
+        family: Identity of the widest bundle.
 
     Raises:
         BundleError: A weight is not finite.
@@ -202,9 +216,12 @@ def write_bundle(
         "cost": dict(cost),
         "pruning": dict(pruning),
         "head": list(head),
+        "hidden": list(hidden),
         "variants": list(variants or ()),
         "files": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
     }
+    if stops:
+        manifest |= {"stops": list(stops), "family": family}
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
         (folder / name).write_bytes(data)
@@ -239,8 +256,11 @@ def read_bundle(folder: Path) -> Bundle:
             cost=manifest["cost"],
             pruning=manifest["pruning"],
             head=tuple(manifest.get("head", ())),
+            hidden=tuple(manifest.get("hidden", ())),
             variants=tuple(manifest.get("variants", ())),
             identity=hashlib.sha256(raw).hexdigest(),
+            stops=tuple(manifest.get("stops", ())),
+            family=manifest.get("family", ""),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BundleError(f"{folder} is not a whole bundle: {type(error).__name__}: {error}") from None

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_agent.grid import RESERVE_STEPS, Segment, Term, chunks, displacer, move
-from edge_agent.head import chosen
+from edge_agent.head import chosen, head_size
 from edge_agent.noise import values
 from edge_agent.optimizer import method_by_code
 from edge_agent.plan import RoundPlan
@@ -221,7 +221,8 @@ class _Meter:
         projected gradients; and no forward is made for it.
         """
         gradient = np.asarray(self._head_total / self._head_count, np.float64)
-        taken = gradient[chosen(self._plan, step, gradient.size)]
+        layers = self._replica.exact_layers(self._plan)
+        taken = gradient[chosen(self._plan, step, [head_size(layer) for layer in layers])]
         if not np.all(np.abs(taken) <= LARGEST_SCALAR):
             raise EstimateError(f"an exact scalar is not finite or beyond {LARGEST_SCALAR:g}")
         return taken.astype(np.float32)

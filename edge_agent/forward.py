@@ -21,8 +21,7 @@ from profiles.errors import BundleError, EstimateError
 
 __all__ = ["Forward", "open_session"]
 
-_LOSS = ("loss",)
-_LOSS_AND_HEAD = ("loss", "head_gradient")
+_GRADIENTS = ("head_gradient", "hidden_gradient")
 _LOSS_AND_CORRECT = ("loss", "correct")
 _LOGITS = ("logits",)
 _AGREEMENT = 1e-4  # by which a variant's loss may differ from the plain graph's, relative
@@ -94,7 +93,8 @@ class Forward:
         self._at_once = at_once
         self._classes, self._sample_shape = bundle.classes, bundle.sample_shape
         self._others = dict(others or {})
-        self._head_size = sum(tensor.size for tensor in bundle.tensors if tensor.name in bundle.head)
+        told = [layer for layer in (bundle.head, bundle.hidden) if layer]  # whose gradients the graph has
+        self._sizes = [sum(t.size for t in bundle.tensors if t.name in layer) for layer in told]
         self._head_gradient: NDArray[np.float32] | None = None
         self._options = ort.RunOptions()
         self._options.only_execute_path_to_fetches = True  # no gradient where nobody asks for it
@@ -155,21 +155,23 @@ class Forward:
         self._open(bundle, threads)
         self._bind(bundle)
 
-    def loss(self, x: NDArray[np.float32], y: NDArray[np.int64], *, head: bool = False) -> float:
+    def loss(self, x: NDArray[np.float32], y: NDArray[np.int64], *, head: int = 0) -> float:
         """Return the mean loss of a batch: x of shape (n, *sample_shape), y of shape (n,).
 
         Args:
             x: Inputs.
             y: Labels.
-            head: Compute the last layer's gradient in the same pass, for :meth:`head_gradient`.
+            head: Compute the gradients of so many last layers in the same pass, for :meth:`head_gradient`.
         """
-        found = self._run(x, y, _LOSS_AND_HEAD if head else _LOSS)
-        if head:
-            self._head_gradient = found["head_gradient"]
+        names = _GRADIENTS[: min(head, len(self._sizes))]
+        found = self._run(x, y, ("loss", *names))
+        if names:
+            gradients = [found[name] for name in names]
+            self._head_gradient = gradients[0] if len(gradients) == 1 else np.concatenate(gradients)
         return float(found["loss"])
 
     def head_gradient(self) -> NDArray[np.float32]:
-        """Return the gradient of the last layer at the latest loss that was asked for with ``head``.
+        """Return the gradients of the last layers, the last first, at the latest loss with ``head``.
 
         Raises:
             ValueError: None was.
@@ -236,7 +238,9 @@ class Forward:
         self._binding.bind_input("x", "cpu", 0, np.float32, x.shape, x.ctypes.data)
         self._binding.bind_input("y", "cpu", 0, np.int64, y.shape, y.ctypes.data)
         self._x, self._y = x, y  # kept, so that their memory is
-        shapes = {"logits": (len(y), self._classes), "head_gradient": (self._head_size,)}
+        shapes: dict[str, tuple[int, ...]] = {"logits": (len(y), self._classes)}
+        for name, size in zip(_GRADIENTS, self._sizes, strict=False):
+            shapes[name] = (size,)
         self._found = {
             name: np.empty(shapes.get(name, ()), np.int64 if name == "correct" else np.float32)
             for name in outputs

@@ -1,9 +1,10 @@
-"""The last linear layer, whose gradient a forward pass gives away.
+"""The last linear layers, whose gradients a forward pass gives away.
 
 Under cross-entropy the gradient of the last layer is [(p - y)' f / n ; mean(p - y)], with the features f
-and the softmax p that every forward pass computes. So some of its coordinates are sent as they are
-(exact scalars), and no perturbation needs to move that layer. This module knows where the layer lies
-and which of its coordinates a step takes; the graph computes the gradient, replay moves the weights.
+and the softmax p that every forward pass computes; one step further back is the layer before. So some of
+their coordinates are sent as they are (exact scalars), and no perturbation needs to move these layers.
+This module knows which of their coordinates a step takes; the graph computes the gradients, replay moves
+the weights.
 """
 
 from collections.abc import Sequence
@@ -15,10 +16,11 @@ from edge_agent.grid import Segment
 from edge_agent.noise import NoiseKey, hash_words, mix64
 from edge_agent.plan import RoundPlan
 
-__all__ = ["Span", "chosen", "flat_indices", "head_size", "outside"]
+__all__ = ["Span", "chosen", "flat_indices", "head_size", "outside", "taking_part"]
 
 Span = tuple[int, int]
 
+_LONGEST_TURN = 100
 _ORDER = 0x4EAD << 32  # beyond every perturbation number, so that no noise has this key
 
 
@@ -30,30 +32,50 @@ def head_size(spans: Sequence[Span]) -> int:
     return size
 
 
-def chosen(plan: RoundPlan, step: int, size: int) -> NDArray[np.int64]:
-    """Return which coordinates of the layer a step's exact scalars are: int64 of shape (plan.exact,).
+def chosen(plan: RoundPlan, step: int, sizes: Sequence[int]) -> NDArray[np.int64]:
+    """Return which coordinates a step's exact scalars are: int64 of shape (plan.exact,), layer by layer.
 
-    All are gone through in a shuffled order before the first comes again; the order of each pass follows
-    from the key alone.
+    All of a layer are gone through in a shuffled order before the first comes again; the order of each pass
+    follows from the key alone. Of two layers the first, which is the last of the net, moves whole.
 
     Args:
         plan: With the number of exact scalars and the seed.
         step: Local step.
-        size: Weights of the layer.
+        sizes: Weights of each layer; coordinates are counted through all of them.
 
     Raises:
-        ValueError: More are asked for than the layer has.
+        ValueError: More are asked for than the layers have.
     """
-    if plan.exact > size:
-        raise ValueError(f"{plan.exact} exact scalars of a layer with {size} weights")
-    first = (plan.round * plan.steps + step) * plan.exact
-    positions = np.arange(first, first + plan.exact, dtype=np.int64)
+    if plan.exact > sum(sizes):
+        raise ValueError(f"{plan.exact} exact scalars of layers with {sum(sizes)} weights")
+    first = min(plan.exact, sizes[0])
+    parts = [_turn(plan, step, first, sizes[0], 0)]
+    if len(sizes) > 1:
+        parts.append(sizes[0] + _turn(plan, step, plan.exact - first, sizes[1], 1))
+    return np.concatenate(parts)
+
+
+def _turn(plan: RoundPlan, step: int, count: int, size: int, layer: int) -> NDArray[np.int64]:
+    """Return the next ``count`` of a layer's ``size`` coordinates."""
+    first = (plan.round * plan.steps + step) * count
+    positions = np.arange(first, first + count, dtype=np.int64)
     passes, places = positions // size, positions % size
-    taken = np.empty(plan.exact, np.int64)
+    taken = np.empty(count, np.int64)
     for number in sorted(set(passes.tolist())):
-        words = hash_words(NoiseKey(mix64(plan.seed), number, 0, _ORDER), 0, size)
+        words = hash_words(NoiseKey(mix64(plan.seed), number, layer, _ORDER), 0, size)
         taken[passes == number] = np.argsort(words, kind="stable")[places[passes == number]]
     return taken
+
+
+def taking_part(exact: int, sizes: Sequence[int]) -> int:
+    """Return how many of the layers, the last of the net first, send exact scalars.
+
+    The layer before the last takes part if, with the last moving whole, what is left of the scalars brings
+    each of its coordinates its turn within a hundred rounds; else it is perturbed like the rest.
+    """
+    if len(sizes) > 1 and (exact - sizes[0]) * _LONGEST_TURN >= sizes[1]:
+        return 2
+    return 1
 
 
 def flat_indices(coordinates: NDArray[np.int64], spans: Sequence[Span]) -> NDArray[np.int64]:

@@ -92,7 +92,7 @@ def measure(
     plan = opened.plan
     first = plan.round * plan.steps * batches_per_step(plan, central=opened.central)
 
-    autodiff = method_by_code(plan.method).autodiff
+    method = method_by_code(plan.method)
 
     def batch_of(batch: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         size = len(samples) if own is None else len(own)
@@ -105,7 +105,7 @@ def measure(
 
         def loss() -> float:
             on_pass()
-            return forward.loss(x, y, head=plan.exact > 0)
+            return forward.loss(x, y, head=method.head if plan.exact else 0)
 
         return loss
 
@@ -125,5 +125,5 @@ def measure(
         central=opened.central,
         share=plan.share_of(number),
         head_gradient=forward.head_gradient if plan.exact else None,
-        slope_of=slope_of if autodiff == "slope" else None,
+        slope_of=slope_of if method.autodiff == "slope" else None,
     )

@@ -26,9 +26,11 @@ class Method:
             a fixed share of them ("sparse"), or the layers of the agent's share ("layers").
         rule: What the scalars do: "descent" along the directions, by their "sign", with "momentum", by
             "adam", or "conservative" (there, back or nowhere, by the mean loss).
-        head: Whether a plan may ask for exact scalars of the last layer.
+        head: Of how many last linear layers a plan may ask exact scalars: of none, 1 or 2.
         fresh: Whether every perturbation is measured on a batch of its own (central differences only).
         scheduled: Constants that follow the schedule of the learning rate.
+        nested: Whether boards may hold narrower nets of one family, each weight moving by the mean over the
+            agents that hold it; the constant ``levels`` counts the widths.
         autodiff: What torch computes on the board: nothing (""), the slope along a direction in forward mode
             ("slope"), or the gradient of the last layers in reverse mode ("gradient").
     """
@@ -40,9 +42,10 @@ class Method:
     curvature: bool = False
     directions: str = "full"
     rule: str = "descent"
-    head: bool = False
+    head: int = 0
     fresh: bool = False
     scheduled: tuple[str, ...] = ()
+    nested: bool = False
     autodiff: str = ""
 
     @property
@@ -68,6 +71,11 @@ class Method:
     def values(self, given: Mapping[str, float]) -> tuple[float, ...]:
         """Return the constants in a record's order, the given ones over the defaults."""
         return tuple(float(given.get(name, default)) for name, default in self.constants.items())
+
+    def levels(self, values: tuple[float, ...]) -> int:
+        """Return how many widths a family has; 1 where all boards hold the same net, 0 for no number."""
+        count = self.named(values)["levels"] if self.nested else 1.0
+        return int(count) if count in range(1, 256) else 0
 
     def named(self, values: tuple[float, ...]) -> dict[str, float]:
         """Return a record's constants by name."""
@@ -98,7 +106,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 3,
                 MappingProxyType({"smoothing": 0.9, "head_rate": 1.0}),
                 "the last layer by exact scalars, the body by steps normalised by the RMS of its scalars",
-                head=True,
+                head=1,
                 fresh=True,
                 scheduled=("head_rate",),
             ),
@@ -187,16 +195,32 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 MappingProxyType({"layers": 2.0, "head_rate": 0.1}),
                 "backpropagation on the last layers, w -= eta/P sum G z elsewhere (arXiv 2402.11592); "
                 "needs torch",
-                head=True,
+                head=1,
                 scheduled=("head_rate",),
                 autodiff="gradient",
+            ),
+            Method(
+                "nested",
+                18,
+                MappingProxyType({"levels": 1.0, "smoothing": 0.9}),
+                "boards hold nested widths of one net; a weight moves by the mean over those that hold it",
+                nested=True,
             ),
             Method(
                 "fanstep",
                 17,
                 MappingProxyType({"smoothing": 0.9, "head_rate": 1.0, "shares": 8.0}),
                 "headstep, each agent along directions of its own: a round has shares times P of them",
-                head=True,
+                head=1,
+                fresh=True,
+                scheduled=("head_rate",),
+            ),
+            Method(
+                "deepstep",
+                18,
+                MappingProxyType({"smoothing": 0.9, "head_rate": 1.0}),
+                "headstep with exact scalars of the last two linear layers",
+                head=2,
                 fresh=True,
                 scheduled=("head_rate",),
             ),

@@ -49,8 +49,16 @@ class RoundPlan:
 
     @property
     def scalars(self) -> int:
-        """Scalars of a local step in a record: projected gradients, then what else the plan asks."""
-        return self.projected + self.exact + method_by_code(self.method).losses
+        """Scalars of a local step in a record: projected gradients, then what else the plan asks.
+
+        In a family of widths there are as many for each of its levels, those of the narrowest first.
+        """
+        return self.levels * (self.projected + self.exact + method_by_code(self.method).losses)
+
+    @property
+    def levels(self) -> int:
+        """Widths of the family that is trained; 1 where all boards hold the same net."""
+        return method_by_code(self.method).levels(self.constants)
 
     @property
     def reply_scalars(self) -> int:

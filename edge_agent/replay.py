@@ -7,6 +7,7 @@ bits. Everything here is elementwise and in a fixed order; see :mod:`edge_agent.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +29,7 @@ from edge_agent.grid import (
     weighted_noise,
     whole_scalars,
 )
-from edge_agent.head import Span, chosen, flat_indices, head_size, outside
+from edge_agent.head import Span, chosen, flat_indices, head_size, outside, taking_part
 from edge_agent.moments import Clock, descend, follow
 from edge_agent.native.kernel import Learning, find_kernel
 from edge_agent.noise import NOISE_VERSION, NoiseKey, hash_words, mix64
@@ -64,6 +65,9 @@ class Replica:
             of the weights; None while no method asked for any.
         clock: How far the moments are from their start.
         layers: Where the tensors of each layer lie, in order.
+        hidden: As ``head``, of the linear layer before the last.
+        stops: Where each width of a family of nets ends in the vector, this replica's own last: a narrower
+            net of the family is the vector up to there. Empty for a net of no family.
     """
 
     weights: NDArray[np.float32]
@@ -77,6 +81,8 @@ class Replica:
     moments: NDArray[np.float32] | None = None
     clock: Clock = field(default_factory=Clock)
     layers: tuple[tuple[Span, ...], ...] = ()
+    hidden: tuple[Span, ...] = ()
+    stops: tuple[int, ...] = ()
     _mask: tuple[tuple[int, float], NDArray[np.uint16]] | None = None
 
     def digest(self) -> int:
@@ -90,6 +96,38 @@ class Replica:
             return digest
         moments = fold(self.moments.reshape(-1).view(np.uint32), threads=self.threads)
         return join(digest, moments, of_floats(self.clock.first, self.clock.second))
+
+    @property
+    def level(self) -> int:
+        """Which width of its family it is, from 0 for the narrowest; 0 without a family."""
+        return max(0, len(self.stops) - 1)
+
+    def at_level(self, level: int) -> "Replica":
+        """Return a narrower replica of the family: a view of this one's weights, with its normaliser.
+
+        It is right until the next record is applied; only the widest may be written.
+        """
+        if level == self.level:
+            return self
+        stop = self.stops[level]
+        return Replica(
+            self.weights[:stop],
+            _within(self.segments, (0, stop)),
+            round=self.round,
+            normaliser=self.normaliser,
+            threads=self.threads,
+            tensors=tuple(span for span in self.tensors if span[1] <= stop),
+            stops=self.stops[: level + 1],
+        )
+
+    def digests(self) -> tuple[int, ...]:
+        """Return the digests of all widths of the family that it holds, its own last."""
+        return tuple(self.at_level(level).digest() for level in range(self.level + 1))
+
+    def shells(self, plan: RoundPlan) -> list[tuple[range, Sequence[Segment]]]:
+        """Return for every level what it adds to the one before: all perturbations, and the segments."""
+        edges = (0, *(self.stops or (self.weights.size,)))
+        return [(range(plan.perturbations), _within(self.segments, span)) for span in pairwise(edges)]
 
     def curvature_for(self, plan: RoundPlan) -> NDArray[np.uint16] | None:
         """Return the curvature that the plan's method divides by; None stands for h = 1.
@@ -105,12 +143,18 @@ class Replica:
             self._mask = (named, _sparse(self.weights.size, *named))
         return self._mask[1]
 
+    def exact_layers(self, plan: RoundPlan) -> list[tuple[Span, ...]]:
+        """Return which layers have exact scalars, each as its spans; each sends a part of them."""
+        method = method_by_code(plan.method)
+        last = method.named(plan.constants).get("layers")
+        if last is not None:
+            return [tuple(span for layer in self.layers[-int(last) :] for span in layer)]
+        layers = [layer for layer in (self.head, self.hidden)[: method.head] if layer]
+        return layers[: taking_part(plan.exact, [head_size(layer) for layer in layers])]
+
     def exact_spans(self, plan: RoundPlan) -> tuple[Span, ...]:
-        """Return which weights have exact scalars: the last layer, or as many as ``layers`` says."""
-        last = method_by_code(plan.method).named(plan.constants).get("layers")
-        if last is None:
-            return self.head
-        return tuple(span for layer in self.layers[-int(last) :] for span in layer)
+        """Return the spans of all weights that have exact scalars, layer by layer."""
+        return tuple(span for layer in self.exact_layers(plan) for span in layer)
 
     def reach(self, plan: RoundPlan) -> list[tuple[range, Sequence[Segment]]]:
         """Return which perturbations of a step move which part of the weights: numbers and segments.
@@ -131,7 +175,7 @@ class Replica:
                 )
                 for block in range(blocks)
             ]
-        body = outside(self.segments, self.exact_spans(plan)) if plan.exact else self.segments
+        body = outside(self.segments, sorted(self.exact_spans(plan))) if plan.exact else self.segments
         return [(plan.numbers(), body)]
 
     def _share(self, share: int, shares: int) -> list[Segment]:
@@ -171,7 +215,8 @@ def apply_record(replica: Replica, record: RoundRecord, *, check: bool = True) -
 
     For each local step w -= eta/P sum_p G_p z_p with z = u / sqrt(h), rounded to the grid; then, where
     the method learns curvature, h <- max((1 - nu) h + nu Dx^2, floor) from the last step's
-    Dx = 1/P sum_p G_p z_p. A skipped round only counts.
+    Dx = 1/P sum_p G_p z_p. In a family of widths, G is the mean over the agents that hold the weight. A
+    skipped round only counts.
 
     Args:
         replica: Changed in place.
@@ -190,14 +235,17 @@ def apply_record(replica: Replica, record: RoundRecord, *, check: bool = True) -
             f"record {plan.round} needs noise version {plan.noise_version}; this release has {NOISE_VERSION}",
             hint="Install the release of scalarfed that wrote the log.",
         )
+    if replica.level >= plan.levels:
+        raise LogError(
+            f"record {plan.round} is for {plan.levels} widths, the replica is number {replica.level + 1}"
+        )
     replica.prepare(plan.method)
     if not record.skipped:
         _update(replica, record)
     replica.round += 1
-    if check and (digest := replica.digest()) != record.digest:
+    if check and (digest := replica.digest()) != (expected := record.digest_at(replica.level)):
         raise DigestError(
-            f"after round {plan.round} the replica has digest {digest:016x}, "
-            f"the record says {record.digest:016x}"
+            f"after round {plan.round} the replica has digest {digest:016x}, the record says {expected:016x}"
         )
 
 
@@ -214,12 +262,14 @@ def _update(replica: Replica, record: RoundRecord) -> None:
     replica.clock.tick(constants)
     learning = Learning(0.0, constants.get("nu", 0.0), max(constants.get("floor", 0.0), _SMALLEST_CURVATURE))
     of_steps = [plan.keys(step) for step in range(plan.steps)]
-    for reached, segments in replica.reach(plan):
+    places = replica.shells(plan) if method.nested else replica.reach(plan)
+    for level, (reached, segments) in enumerate(places):
         numbers = [number for number in reached if number in answered]
         if not numbers:
             continue
+        own = record.scalars[:, level * plan.perturbations :] if method.nested else record.scalars
         keys = [[of_step[number] for number in numbers] for of_step in of_steps]
-        parts = [whole_scalars(_directed(method, plan, scalars)[numbers]) for scalars in record.scalars]
+        parts = [whole_scalars(_directed(method, plan, scalars)[numbers]) for scalars in own]
         wholes = np.stack([whole for whole, _ in parts])
         if method.moments:
             _remember(replica, segments, keys[0], parts[0], rate, constants)
@@ -283,7 +333,7 @@ def move_head(
     """
     rate = np.float32(method_by_code(plan.method).named(plan.constants)["head_rate"])
     spans = replica.exact_spans(plan)
-    places = chosen(plan, step, head_size(spans))
+    places = chosen(plan, step, [head_size(layer) for layer in replica.exact_layers(plan)])
     words = np.concatenate([rounding_words(plan.keys(step)[0], start, stop - start) for start, stop in spans])
     nudge(
         replica.weights,

@@ -56,7 +56,7 @@ class TorchForward:
         self._last = set(last)
         self._gradient: NDArray[np.float32] | None = None
 
-    def loss(self, x: NDArray[np.float32], y: NDArray[np.int64], *, head: bool = False) -> float:
+    def loss(self, x: NDArray[np.float32], y: NDArray[np.int64], *, head: int = 0) -> float:
         """Return the mean loss of a batch; with ``head`` the last layers' gradient is kept."""
         if not head:
             with torch.inference_mode():

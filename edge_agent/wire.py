@@ -11,7 +11,7 @@ program computes with is what a record says.
 import struct
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,8 +81,11 @@ class RoundRecord:
         plan: What was asked.
         epoch: Incarnation of the coordinator that closed the round.
         skipped: No quorum came together; replay only counts the round.
-        scalars: Aggregated scalars, float32 of shape (K, ``plan.scalars``); zeros when skipped.
-        digest: Of the replica after this record.
+        scalars: Aggregated scalars, float32 of shape (K, ``plan.scalars``); zeros when skipped. In a
+            family of widths those of the narrowest come first: the mean over all agents, then over those that
+            hold the next width, and so on.
+        digest: Of the replica after this record; in a family, of the widest.
+        narrower: In a family, the digests of the other widths, the narrowest first.
     """
 
     plan: RoundPlan
@@ -90,6 +93,20 @@ class RoundRecord:
     skipped: bool
     scalars: NDArray[np.float32]
     digest: int
+    narrower: tuple[int, ...] = ()
+
+    @property
+    def digests(self) -> tuple[int, ...]:
+        """The digests of all widths, the narrowest first."""
+        return (*self.narrower, self.digest)
+
+    def ending(self, digests: tuple[int, ...]) -> "RoundRecord":
+        """Return the record with the digests of all widths, the narrowest first."""
+        return replace(self, digest=digests[-1], narrower=digests[:-1])
+
+    def digest_at(self, level: int) -> int:
+        """Return the digest of a replica of a level, the narrowest being 0."""
+        return self.digests[min(level, len(self.narrower))]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, RoundRecord) and encode_record(self) == encode_record(other)
@@ -262,8 +279,11 @@ def decode(data: bytes) -> RoundOpen | Reply | Slice | SliceRequest | Snapshot:
 
 
 def encode_record(record: RoundRecord) -> bytes:
-    """Return the bytes of a record: its plan, then epoch, flags, digest and the float32 scalars."""
+    """Return the bytes of a record: its plan, then epoch, flags, digest or digests, the float32 scalars."""
+    if len(record.narrower) != record.plan.levels - 1:
+        raise ValueError(f"{record.plan.levels} levels and {len(record.narrower)} digests of narrower ones")
     head = _RECORD.pack(record.epoch, int(record.skipped), record.digest)
+    head += struct.pack(f"<{len(record.narrower)}Q", *record.narrower)
     scalars = b"" if record.skipped else record.scalars.astype("<f4").tobytes()
     return _encode_plan(record.plan) + head + scalars
 
@@ -330,10 +350,10 @@ def _read_plan(reader: _Reader) -> RoundPlan:
         raise WireError(f"method {method} has no exact scalars, the plan {exact}")
     if not (0 < epsilon < np.inf and 0 <= rate < np.inf and all(np.isfinite(constants))):
         raise WireError(f"epsilon {epsilon}, learning rate {rate} or a constant {constants} is out of range")
-    shares = rule.named(tuple(constants)).get("shares", 1.0)
-    if not 1 <= shares <= MAX_SHARES:
-        raise WireError(f"{shares} shares are out of range")
-    projected = int(shares) * int(perturbations)
+    shares, levels = rule.named(tuple(constants)).get("shares", 1.0), rule.levels(tuple(constants))
+    if not (1 <= shares <= MAX_SHARES and levels):
+        raise WireError(f"{shares} shares or {levels} levels are out of range")
+    projected = int(shares) * int(perturbations) * levels
     if not (steps and perturbations and steps * (projected + exact + rule.losses) <= MAX_SCALARS):
         raise WireError(
             f"a plan has 1 to {MAX_SCALARS} scalars, got {steps} times {projected} and {exact} exact ones"
@@ -364,10 +384,11 @@ def _read_record(reader: _Reader) -> RoundRecord:
     epoch, flags, digest = reader.unpack(_RECORD)
     if flags not in (0, 1):
         raise WireError(f"record flags {flags} are unknown")
+    narrower = struct.unpack(f"<{plan.levels - 1}Q", reader.take(8 * (plan.levels - 1)))
     count = plan.steps * plan.scalars
     scalars = np.zeros(count, np.float32) if flags else _read_scalars(reader, count)
     shaped = scalars.reshape(plan.steps, plan.scalars)
-    return RoundRecord(plan, int(epoch), bool(flags), shaped, int(digest))
+    return RoundRecord(plan, int(epoch), bool(flags), shaped, int(digest), narrower)
 
 
 def _read_records(reader: _Reader, count: int, first: int) -> tuple[RoundRecord, ...]:

@@ -5,6 +5,7 @@ Knows nothing of what raises them. A programming mistake is a ``ValueError``; ev
 """
 
 __all__ = [
+    "BenchError",
     "BrokerError",
     "BudgetError",
     "BundleError",
@@ -141,6 +142,13 @@ class SecurityError(ScalarfedError):
 
     hint = "See docs/security.md: how a board is enrolled, and what to do when a key is lost."
     exit_code = 22
+
+
+class BenchError(ScalarfedError):
+    """A measurement of this machine did not come to its end."""
+
+    hint = "Run the command again with one --model, and see that memory and disk are free."
+    exit_code = 15
 
 
 class FetchError(ScalarfedError):

@@ -7,7 +7,7 @@ Knows the contract of the graph (inputs ``x``, ``y`` and every trainable tensor;
 import copy
 import io
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,11 @@ from torch.nn import functional
 from edge_agent.bundle import Bundle, flat_layout, write_bundle
 from edge_agent.forward import open_session
 from profiles.errors import ModelError
+from pruning.exact import LinearLayer, WithLoss, find_last_layers
 from pruning.fuse import BLOCKS, block, fuse
 from pruning.weights import derive_seed
 
-__all__ = ["TOLERANCE", "Exported", "export_bundle", "export_graph", "write_exported"]
+__all__ = ["TOLERANCE", "Exported", "export_bundle", "export_graph", "graph_variants", "write_exported"]
 
 TOLERANCE = 1e-5
 """Largest difference allowed between torch and ONNX Runtime, relative to the largest logit."""
@@ -32,7 +33,7 @@ TOLERANCE = 1e-5
 _OPSET = 18
 _INPUTS = ("x", "y")
 _OUTPUTS = ("loss", "correct", "logits")
-_HEAD_OUTPUT = "head_gradient"
+_GRADIENTS = ("head_gradient", "hidden_gradient")
 
 
 @dataclass(frozen=True)
@@ -44,69 +45,15 @@ class Exported:
         weights: The net's trainable tensors by name, in the order of ``named_parameters``, float32.
         head: Names of the last linear layer's tensors, whose gradient is the output ``head_gradient``; empty
             where the logits come from elsewhere.
+        hidden: The same of the linear layer before it and ``hidden_gradient``; empty where there is none.
         error: Largest difference found between torch and ONNX Runtime, relative to the largest logit.
     """
 
     graph: bytes
     weights: dict[str, NDArray[np.float32]]
     head: tuple[str, ...]
+    hidden: tuple[str, ...]
     error: float
-
-
-class _WithLoss(nn.Module):
-    """A net with its loss, and with the gradient of its last layer where that is known.
-
-    The gradient of the mean cross-entropy is [(p - y)' f / n ; mean(p - y)] for features f and softmax p:
-    no backward pass, and no torch on the board.
-    """
-
-    def __init__(self, net: nn.Module, classes: int, head: str) -> None:
-        super().__init__()
-        self.net = net
-        self._classes = classes
-        self._features: list[Tensor] = []
-        self._has_bias = False
-        if head:
-            layer = net.get_submodule(head)
-            self._has_bias = layer.bias is not None
-            layer.register_forward_pre_hook(lambda _, inputs: self._features.append(inputs[0]))
-
-    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-        self._features.clear()
-        logits = self.net(x)
-        correct = (logits.argmax(1) == y).sum()
-        outputs = (functional.cross_entropy(logits, y), correct, logits)
-        if not self._features:
-            return outputs
-        excess = (logits.softmax(1) - functional.one_hot(y, self._classes)) / y.shape[0]
-        parts = [(excess.T @ self._features[0]).reshape(-1)]
-        if self._has_bias:
-            parts.append(excess.sum(0))
-        return *outputs, torch.cat(parts)
-
-
-def _find_head(net: nn.Module, x: Tensor) -> tuple[str, tuple[str, ...]]:
-    """Return the name of the linear layer that makes the logits of a batch, and those of its tensors.
-
-    Both are empty unless its tensors are trained and stand in the order weight, bias.
-    """
-    made: dict[str, Tensor] = {}
-    handles = [
-        layer.register_forward_hook(lambda _, inputs, output, name=name: made.update({name: output}))
-        for name, layer in net.named_modules()
-        if isinstance(layer, nn.Linear)
-    ]
-    with torch.no_grad():
-        logits = net(x)
-    for handle in handles:
-        handle.remove()
-    trained = [name for name, parameter in net.named_parameters() if parameter.requires_grad]
-    for name, output in made.items():
-        layer = net.get_submodule(name)
-        tensors = [f"{name}.{part}".lstrip(".") for part, _ in layer.named_parameters()]
-        if output is logits and [t for t in trained if t in tensors] == tensors and logits.dim() == 2:
-            return name, tuple(tensors)
-    return "", ()
 
 
 def export_graph(
@@ -126,15 +73,15 @@ def export_graph(
         ModelError: The graph cannot follow a layer, loses a tensor, or disagrees with torch.
     """
     names = [name for name, p in module.named_parameters() if p.requires_grad]
-    if clash := set(names) & {*_INPUTS, *_OUTPUTS, _HEAD_OUTPUT}:
+    if clash := set(names) & {*_INPUTS, *_OUTPUTS, *_GRADIENTS}:
         raise ModelError(
             f"{', '.join(sorted(clash))}: a parameter may not have the name of an input or output"
         )
     twin = copy.deepcopy(module).eval()
     _jitter(twin)
     x, y = _example(sample_shape, classes, 2)
-    head, head_tensors = _find_head(twin, x)
-    graph = _weights_as_inputs(_trace(copy.deepcopy(twin), x, y, classes, head), names)
+    last = find_last_layers(twin, x)
+    graph = _weights_as_inputs(_trace(copy.deepcopy(twin), x, y, classes, last), names)
     weights = {
         name: p.detach().to(torch.float32).contiguous().numpy().copy()
         for name, p in module.named_parameters()
@@ -143,9 +90,10 @@ def export_graph(
     error = 0.0
     if verify:
         error = _verify(graph, module, twin, names, sample_shape, classes)
-        if head:
-            error = max(error, _verify_head(graph, twin, head_tensors, sample_shape, classes))
-    return Exported(graph, weights, head_tensors, error)
+        for layer, output in zip(last, _GRADIENTS, strict=False):
+            error = max(error, _verify_gradient(graph, twin, output, layer.tensors, sample_shape, classes))
+    head, hidden = ([*(layer.tensors for layer in last), (), ()])[:2]
+    return Exported(graph, weights, head, hidden, error)
 
 
 def export_bundle(
@@ -209,11 +157,12 @@ def write_exported(
         cost=cost(exported.graph),
         pruning=pruning,
         head=exported.head,
-        variants=_variants(exported.graph),
+        hidden=exported.hidden,
+        variants=graph_variants(exported.graph),
     )
 
 
-def _variants(graph: bytes) -> dict[str, bytes]:
+def graph_variants(graph: bytes) -> dict[str, bytes]:
     """Return the graph's variants by the names under which :mod:`edge_agent.forward` looks for them."""
     fused = fuse(graph)
     if fused is None:
@@ -236,20 +185,20 @@ def _example(sample_shape: tuple[int, ...], classes: int, n: int) -> tuple[Tenso
     return x, torch.randint(0, classes, (n,), generator=generator)
 
 
-def _trace(module: nn.Module, x: Tensor, y: Tensor, classes: int, head: str) -> bytes:
+def _trace(module: nn.Module, x: Tensor, y: Tensor, classes: int, last: Sequence[LinearLayer]) -> bytes:
     buffer = io.BytesIO()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the exporter's own deprecation and tracer notes
             # The legacy exporter keeps parameter names; constant folding would bake transposed weights in.
             torch.onnx.export(
-                _WithLoss(module, classes, head).eval(),
+                WithLoss(module, classes, last).eval(),
                 (x, y),
                 buffer,  # type: ignore[arg-type]  # the legacy exporter takes a file, its stub does not say so
                 dynamo=False,
                 do_constant_folding=False,
                 input_names=list(_INPUTS),
-                output_names=[*_OUTPUTS, *([_HEAD_OUTPUT] if head else [])],
+                output_names=[*_OUTPUTS, *_GRADIENTS[: len(last)]],
                 dynamic_axes={"x": {0: "n"}, "y": {0: "n"}, "logits": {0: "n"}},
                 opset_version=_OPSET,
             )
@@ -315,7 +264,7 @@ def _verify(
     for net, n in ((module.eval(), 3), (jittered, 1), (jittered, 8)):
         x, y = _example(sample_shape, classes, n)
         with torch.no_grad():
-            expected = [value.numpy() for value in _WithLoss(net, classes, "")(x, y)]
+            expected = [value.numpy() for value in WithLoss(net, classes, ())(x, y)]
         loss, correct, logits = run(net, x, y)
         scale = max(1.0, float(np.abs(expected[2]).max()))
         error = max(float(np.abs(logits - expected[2]).max()), abs(float(loss - expected[0]))) / scale
@@ -347,22 +296,27 @@ def _verify(
     return worst
 
 
-def _verify_head(
-    graph: bytes, module: nn.Module, tensors: tuple[str, ...], sample_shape: tuple[int, ...], classes: int
+def _verify_gradient(
+    graph: bytes,
+    module: nn.Module,
+    output: str,
+    tensors: tuple[str, ...],
+    sample_shape: tuple[int, ...],
+    classes: int,
 ) -> float:
-    """Compare the graph's gradient of the last layer with automatic differentiation."""
+    """Compare the graph's gradient of a layer with automatic differentiation."""
     session = open_session(graph)
     x, y = _example(sample_shape, classes, 5)
     named = dict(module.named_parameters())
     gradients = torch.autograd.grad(functional.cross_entropy(module(x), y), [named[name] for name in tensors])
     expected = torch.cat([gradient.flatten() for gradient in gradients]).numpy()
     feeds = {name: parameter.detach().numpy() for name, parameter in named.items() if parameter.requires_grad}
-    found = np.asarray(session.run([_HEAD_OUTPUT], {**feeds, "x": x.numpy(), "y": y.numpy()})[0])
+    found = np.asarray(session.run([output], {**feeds, "x": x.numpy(), "y": y.numpy()})[0])
     error = float(np.abs(found - expected).max() / max(1.0, np.abs(expected).max()))
     if not error <= TOLERANCE:
         raise ModelError(
-            f"the graph's gradient of the last layer differs by {error:.1e} from automatic differentiation "
+            f"the graph's {output} differs by {error:.1e} from automatic differentiation "
             f"(allowed: {TOLERANCE:.0e})",
-            hint="The last linear layer may be used twice; give the net a last layer of its own.",
+            hint="The last linear layers may be used twice; give the net last layers of its own.",
         )
     return error

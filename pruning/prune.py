@@ -113,7 +113,7 @@ def prune_model(
     *,
     sample_shape: tuple[int, ...],
     classes: int,
-    method: str = "ntk",
+    method: str = "uniform",
     density: float = 0.5,
     allowance: Allowance | None = None,
     draws: int = 5,
@@ -122,6 +122,7 @@ def prune_model(
     hidden: Sequence[int] | None = None,
     standardise: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None,
     labelled: tuple[NDArray[np.float32], NDArray[np.int64]] | None = None,
+    densities: Mapping[str, float] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Pruned:
     """Return a reference net that keeps ``density`` of its parameters, as narrower layers.
@@ -141,6 +142,7 @@ def prune_model(
         standardise: Offset and scale of the net's first layer, see
             :func:`pruning.models.standardisation`; the identity if None.
         labelled: Raw inputs and labels for ``snip`` and ``grasp``.
+        densities: Fraction that stays of each layer, as ``method`` found it elsewhere.
         progress: Called with the cuts done and all cuts.
 
     Raises:
@@ -148,7 +150,8 @@ def prune_model(
             the minimum), the method needs labelled samples, or the net cannot be built for this input or
             output.
     """
-    check_method(method)
+    if densities is None:
+        check_method(method)
     name = choose_model(name, sample_shape=sample_shape)
     structure = model_structure(name, sample_shape=sample_shape, classes=classes, hidden=hidden)
     plain = build_model(name, sample_shape=sample_shape, classes=classes, hidden=hidden, seed=seed)
@@ -167,6 +170,7 @@ def prune_model(
         allowance=allowance,
         steps=schedule_steps,
         seed=seed,
+        densities=densities,
         progress=progress,
     )
     module = build_model(
@@ -216,6 +220,7 @@ def plan_widths(
     allowance: Allowance | None = None,
     steps: int = 20,
     seed: int = 0,
+    densities: Mapping[str, float] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[dict[str, int], dict[str, float]]:
     """Return the widths that a method gives a net, and the layer densities that its saliency found.
@@ -229,6 +234,7 @@ def plan_widths(
         allowance: What the narrow net may cost.
         steps: Cuts of the schedule.
         seed: Names the widths of method ``random``.
+        densities: See :func:`prune_model`.
         progress: Called with the cuts done and all cuts.
     """
     allowed = _allowance_of_density(structure, name, density) if allowance is None else allowance
@@ -236,6 +242,9 @@ def plan_widths(
     widths = structure.dense
     if method == "none" or spend(widths) <= allowed.amount:
         return widths, {}
+    if densities is not None:
+        found = dict(densities)
+        return _allocate(structure, fractions_from_densities(structure, found), spend, allowed), found
     widths = _allocate(structure, dict.fromkeys(widths, 1.0), spend, allowed)
     if method == "uniform":
         return widths, {}
@@ -243,7 +252,7 @@ def plan_widths(
         return _allocate(structure, _random_fractions(structure, seed), spend, allowed), {}
     unit = "macs" if allowed.unit == "macs" else "params"
     count = getattr(structure, unit)
-    densities = densities_of(
+    found = densities_of(
         find_masks(
             probe(),
             method=method,
@@ -253,7 +262,7 @@ def plan_widths(
             progress=progress,
         )
     )
-    return _allocate(structure, fractions_from_densities(structure, densities), spend, allowed), densities
+    return _allocate(structure, fractions_from_densities(structure, found), spend, allowed), found
 
 
 def find_masks(

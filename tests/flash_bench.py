@@ -13,14 +13,18 @@ from pathlib import Path
 import numpy as np
 
 from coordinator.actions import Terms
+from coordinator.authority import Authority
 from coordinator.broker import find_mosquitto, start_amqtt, start_mosquitto
+from coordinator.enrolment import add_enrolment, server_context
 from coordinator.flash.payload import REQUIREMENTS, Payload, Target, make_payload
 from coordinator.flash.settings import Credentials, Settings
+from coordinator.guard import Guard
 from coordinator.rounds import Rounds
 from coordinator.scalar_log import ScalarLog
 from coordinator.service import Service
+from coordinator.web import WebServer
 from edge_agent.bundle import read_bundle
-from edge_agent.link import MqttLink
+from edge_agent.link import Link, MqttLink
 from edge_agent.topics import Topics
 from tests.fleet import plan_of
 from tests.made_run import make_replayable_run
@@ -170,6 +174,10 @@ class Coordinator:
         rounds: How many.
         run: Its name.
         beside: Another one, whose broker serves this one too.
+        authority: Protects the broker, and enrols boards at ``enrol_url``.
+
+    Attributes:
+        url: Where agents find the broker.
     """
 
     def __init__(
@@ -181,14 +189,25 @@ class Coordinator:
         rounds: int = 3,
         run: str = "linear",
         beside: "Coordinator | None" = None,
+        authority: Authority | None = None,
     ) -> None:
         program = find_mosquitto()
         folder.mkdir(parents=True, exist_ok=True)
+        self._guard: Guard | None = None
+        self._web: WebServer | None = None
         self._run_name, self._own_broker = run, beside is None
         if beside is not None:
             self.broker = beside.broker
+        elif authority is not None:
+            self._guard = Guard(authority, folder)
+            self.broker = self._guard.start(folder)
+            identity = authority.server_identity()
+            self._web = WebServer(tls=lambda: server_context(authority, identity))
+            add_enrolment(self._web, authority)
+            self.enrol_url = self._web.url
         else:
             self.broker = start_mosquitto(program, folder) if program else start_amqtt(folder)
+        self.url = self.broker.agents_url
         self.statuses: dict[str, dict[str, object]] = {}
         self._bundle, self._agents, self._rounds, self._folder = read_bundle(bundle), agents, rounds, folder
         self._ending = threading.Event()
@@ -199,6 +218,8 @@ class Coordinator:
         """End both."""
         self._ending.set()
         self._thread.join(20)
+        if self._web is not None:
+            self._web.close()
         if self._own_broker:
             self.broker.stop()
 
@@ -219,13 +240,21 @@ class Coordinator:
                 fleet=len(self._agents), epoch=1, replica=self._bundle.replica(), seed=1,
                 terms_of=lambda _: Terms(plan_of, self._rounds, 8, False, None, None, 60.0, 1.0),
             )  # fmt: skip
-            link = MqttLink(self.broker.url, client_id=f"coordinator-{self._run_name}")
+            topics = Topics("scalarfed", self._run_name)
+            carrier: MqttLink
+            link: Link
+            if self._guard is not None:
+                carrier, link = self._guard.link(topics)
+            else:
+                link = carrier = MqttLink(self.broker.url, client_id=f"coordinator-{self._run_name}")
             service = Service(
-                link=link, topics=Topics("scalarfed", self._run_name), log=log, rounds=rounds,
+                link=link, topics=topics, log=log, rounds=rounds,
                 agents=self._agents, bundle_identity=self._bundle.identity,
             )  # fmt: skip
             service.start()
             while not self._ending.is_set():
                 service.pump(0.1)
+                if self._guard is not None:
+                    self._guard.watch()
                 self.statuses = dict(service.statuses)
-            link.close()
+            carrier.close()

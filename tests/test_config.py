@@ -23,6 +23,9 @@ count = 2
 """
 
 
+ROOT = Path(__file__).parent.parent
+
+
 @pytest.fixture
 def write(tmp_path):
     """Return a function that writes an experiment file and returns its path."""
@@ -48,7 +51,7 @@ def test_small_file_gets_every_default(write):
 
     assert (experiment.name, experiment.seed, experiment.rounds) == ("small", 7, 400)
     assert experiment.model.hidden == (64, 32)
-    assert experiment.method.constants == dict(METHODS["headstep"].constants)
+    assert experiment.method.constants == dict(METHODS["deepstep"].constants)
     assert [agent.name for agent in experiment.agents] == ["pi-zero-2w-1", "pi-zero-2w-2"]
     assert experiment.agents[1].memory_mib == load_profile("pi-zero-2w").memory_mib.value
     assert (experiment.cohort_size, experiment.quorum_size) == (2, 2)
@@ -241,3 +244,9 @@ def test_names_in_the_file_are_those_of_the_pruning_floor(write):
             set(re.findall(r"`(\w+)`", line.partition("one of")[2])) == set(names)
             for line in said.splitlines()
         )
+
+
+def test_a_constant_that_was_asked_for_is_never_dropped():
+    """An override with a constant of another method is refused, though the file's own would be dropped."""
+    with pytest.raises(ConfigError, match=r"`method\.nu` is not a known key"):
+        load_experiment(ROOT / "examples" / "digits.toml", ["method.name=decomfl", "method.nu=0.1"])

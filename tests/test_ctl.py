@@ -153,7 +153,7 @@ def test_a_log_of_the_first_schema_is_brought_up_to_date(fleet, tmp_path):
     fleet.run()
     fleet.log.close()
     with sqlite3.connect(tmp_path / "log.sqlite") as db:
-        for table in ("orders", "ledger"):
+        for table in ("orders", "ledger", "abandoned"):
             db.execute(f"DROP TABLE {table}")
         db.execute("UPDATE meta SET value = '1' WHERE key = 'schema'")
     db.close()

@@ -63,6 +63,19 @@ def test_a_card_is_understood(report, says):
     assert len(fault.next_step) > 10
 
 
+@pytest.mark.parametrize(
+    "went", ["refused: hash: wheels/a.whl is not what was offered", "returned: 1-b did not join"]
+)
+def test_an_update_that_went_wrong_is_told(went):
+    """The card tells of a last update that was refused, failed or given back; a good one ends that."""
+    told = diagnose_report(DONE + f"5.0 update {went}\n", flashed=True)
+    assert [verdict.kind for verdict in told] == ["fine", "warning"]
+    assert went in told[1].text
+
+    mended = DONE + f"5.0 update {went}\n6.0 update trial: 1-c is installed\n"
+    assert worst(diagnose_report(mended, flashed=True)) == "fine"
+
+
 def test_only_the_last_installation_counts():
     """A repaired card is fine, whatever an earlier try said."""
     report = "1.0 begin 1-a\n2.0 FAILED: space: full\n" + DONE

@@ -1,11 +1,15 @@
 """Tests of coordinator.guard: who gets into a real mosquitto with TLS, who may say what, who is put out."""
 
 import contextlib
+import inspect
+import json
 import os
 import signal
 import socket
 import ssl
+import stat
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,12 +24,13 @@ from coordinator import guard as guard_module
 from coordinator.authority import COORDINATOR, OPERATOR, Authority
 from coordinator.broker import Broker, find_mosquitto
 from coordinator.certificates import make_authority, make_certificate, new_key, private_pem, public_pem
+from coordinator.cli import main
 from coordinator.experiment import BrokerChoice
 from coordinator.guard import Guard, access_rules, guard_of, is_beyond_loopback
 from edge_agent.credentials import Credentials, client_context, read_credentials
 from edge_agent.link import Connected, Disconnected, Message, MqttLink
 from edge_agent.topics import Topics
-from profiles.errors import BrokerError
+from profiles.errors import BrokerError, SecurityError
 
 needs_mosquitto = pytest.mark.skipif(find_mosquitto() is None, reason="mosquitto is not installed")
 PATIENCE_S = 30.0
@@ -382,8 +387,10 @@ def _cut(link: MqttLink) -> None:
 def test_anothers_client_id_puts_nobody_out(fleet):
     """A device that connects with another's client id, or the coordinator's, ends no other connection."""
     two = fleet.device("pi-2", client_id="run-pi-2")
-    for stolen in ("run-pi-2", "pi-2", "run-coordinator", COORDINATOR):
+    for stolen in ("run-pi-2", "pi-2", "run-coordinator", COORDINATOR, f"{COORDINATOR}:run"):
         fleet.device("pi-1", client_id=stolen)
+    fleet.device("run-coordinator")
+    assert fleet.coordinator.receive(0.5) is None
     two.publish(T.status("pi-2"), b"still here")
     flushed(two)
 
@@ -453,6 +460,59 @@ def test_a_revoked_device_that_hurries_stays_out(fleet):
     await_event(fast, Disconnected)
     assert is_refused(fast)
     assert not any(topic.endswith("pi-1") for topic, _ in fleet.heard())
+
+
+@needs_mosquitto
+def test_revoking_works_where_there_are_no_signals(fleet, monkeypatch):
+    """Where mosquitto cannot be told to read its lists, as on Windows, it is started again with them."""
+    monkeypatch.delattr(signal, "SIGHUP", raising=False)
+    one, two = fleet.device("pi-1"), fleet.device("pi-2")
+    fleet.authority.revoke("pi-1")
+    fleet.guard.watch()
+
+    await_event(one, Disconnected)
+    await_event(two, Disconnected)
+    await_event(two, Connected)
+    assert is_refused(one)
+
+
+@needs_mosquitto
+def test_the_command_waits_for_the_effect(fleet, capsys):
+    """`devices revoke` says that it is in effect once a coordinator has seen to it."""
+    link = fleet.device("pi-1")
+    words = ["devices", "revoke", "pi-1", "--authority", str(fleet.authority.folder)]
+    codes: list[int] = []
+    command = threading.Thread(target=lambda: codes.append(main(words)))
+    command.start()
+    while command.is_alive():
+        fleet.guard.watch()
+        command.join(0.05)
+
+    assert codes == [0]
+    assert "in effect" in capsys.readouterr().out
+    await_event(link, Disconnected)
+
+
+def test_the_commands_tell_what_they_did(tmp_path, capsys, monkeypatch):
+    """Enrolling writes a ticket of mode 0600 and shows no token; the list and revoking name the device."""
+    monkeypatch.setattr("coordinator.cli.enrol._EFFECT_S", 0.2)
+    place = ["--authority", str(tmp_path / "authority")]
+    assert main(["enrol", "pi-1", "--out", str(tmp_path / "tickets"), *place]) == 0
+    path = tmp_path / "tickets" / "pi-1.ticket.json"
+    told = json.loads(path.read_text())
+    said = capsys.readouterr().out
+    assert told["token"] not in said
+    assert told["ca_sha256"] in said
+    assert sys.platform == "win32" or stat.S_IMODE(path.stat().st_mode) == 0o600
+
+    Authority(tmp_path / "authority").device_identity("pi-1", tmp_path / "pi-1")
+    assert main(["devices", "certificates", *place]) == 0
+    assert "counts" in capsys.readouterr().out
+    assert main(["devices", "revoke", "pi-1", *place]) == 0
+    assert "takes effect when one starts" in capsys.readouterr().out
+    assert main(["devices", "certificates", "--json", *place]) == 0
+    assert [row["name"] for row in json.loads(capsys.readouterr().out)] == ["pi-1"]
+    assert main(["devices", "revoke", "pi-2", *place]) == SecurityError.exit_code
 
 
 @needs_mosquitto
@@ -538,11 +598,17 @@ def test_a_link_without_certificates_says_so(tmp_path):
 
 
 def test_the_rules_name_every_topic():
-    """Each kind of topic of a run is in the access list, so that a new one is not forgotten."""
+    """Each kind of topic that a run has is in the access list, so that a new one is not forgotten."""
     rules = access_rules("scalarfed")
+    values = {"shard": 0, "agent": "N"}
+    found = {T.control}
+    for called, method in inspect.getmembers(T, inspect.ismethod):
+        wanted = inspect.signature(method).parameters
+        if not called.startswith("_") and wanted.keys() <= values.keys():
+            found.add(method(**{name: values[name] for name in wanted}))
+    assert len(found) >= 7
 
-    mine = [T.reply(0, "N"), T.status("N"), T.request("N"), T.answer("N")]
-    for topic in (*mine, T.round(0), T.control):
+    for topic in found:
         kind = topic.removeprefix(T.base).partition("/")[0]
         assert f"scalarfed/+/{kind}" in rules
 

@@ -11,7 +11,7 @@ from edge_agent.data import Samples
 from edge_agent.estimator import estimate
 from edge_agent.forward import Forward
 from edge_agent.grid import Segment, plan_segments, snap
-from edge_agent.head import chosen, flat_indices, head_size, outside
+from edge_agent.head import chosen, flat_indices, head_size, outside, taking_part
 from edge_agent.measure import measure
 from edge_agent.noise import values
 from edge_agent.optimizer import METHODS
@@ -98,7 +98,7 @@ def test_exact_scalars_are_exact_and_cost_no_forward(bundle, samples):
         gradients.append(
             softmax_gradient(bundle, here.weights, samples.x[rows].astype(np.float64), samples.y[rows])
         )
-    expected = np.mean(gradients, 0)[chosen(asked, 0, 50)]
+    expected = np.mean(gradients, 0)[chosen(asked, 0, [50])]
 
     assert made.forwards == 8
     assert np.abs(made.scalars[0, 4:] - expected).max() < 2e-5  # epsilon**2 and float32
@@ -155,7 +155,7 @@ def test_replay_agrees_with_a_float64_reference():
             z = np.stack([values(key, 0, SIZE) for key in asked.keys(step)]).astype(np.float64)
             z[:, inside] = 0
             weights -= asked.learning_rate / np.sqrt(mean / weight) * scalars[step, :4] @ z / 4
-            taken = inside[chosen(asked, step, 66)]
+            taken = inside[chosen(asked, step, [66])]
             weights[taken] -= np.float32(0.3) * scalars[step, 4:].astype(np.float64)
     weights = np.clip(weights, -3, 3)
     assert np.abs(here.weights - weights).max() < 1e-5
@@ -174,7 +174,7 @@ def test_an_estimate_with_private_head_moves_leaves_every_bit():
 
 def test_every_coordinate_has_its_turn():
     """In ten rounds of thirteen out of sixty-five, each coordinate is taken twice, in an unlike order."""
-    rounds = [chosen(plan(round_, exact=13), 0, 65) for round_ in range(10)]
+    rounds = [chosen(plan(round_, exact=13), 0, [65]) for round_ in range(10)]
 
     assert sorted(np.concatenate(rounds).tolist()) == sorted(2 * list(range(65)))
     assert not np.array_equal(np.concatenate(rounds[:5]), np.concatenate(rounds[5:]))
@@ -182,10 +182,10 @@ def test_every_coordinate_has_its_turn():
 
 def test_coordinates_are_golden():
     """Which coordinates a key means never changes: a log is replayed by it."""
-    assert chosen(plan(2, exact=6), 0, 66).tolist() == GOLDEN
-    assert chosen(plan(exact=66), 0, 66).tolist() != list(range(66))
+    assert chosen(plan(2, exact=6), 0, [66]).tolist() == GOLDEN
+    assert chosen(plan(exact=66), 0, [66]).tolist() != list(range(66))
     with pytest.raises(ValueError, match="67"):
-        chosen(plan(exact=67), 0, 66)
+        chosen(plan(exact=67), 0, [66])
 
 
 GOLDEN = [57, 27, 3, 58, 4, 64]
@@ -231,3 +231,132 @@ def test_a_read_bundle_knows_its_head(bundle):
 
     assert [stop - start for start, stop in again.head] == [45, 5]
     assert again.head[0][0] == tensors["head.weight"].offset
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    """A net with a layer before its last two, and the net itself."""
+    from pruning.export import export_bundle
+    from pruning.models import build_model
+
+    net = build_model("mlp", sample_shape=(12,), classes=5, hidden=(10, 9), seed=3)
+    folder = tmp_path_factory.mktemp("deep")
+    return net, export_bundle(
+        net, folder, model="mlp", sample_shape=(12,), classes=5, pruning={}, cost=lambda graph: {}
+    )
+
+
+def deep_plan(round_: int = 0, *, exact: int) -> RoundPlan:
+    rule = METHODS["deepstep"]
+    return RoundPlan(round_, 7, rule.code, 1, 4, 1e-3, 0.01, rule.values({"head_rate": 0.5}), exact)
+
+
+def test_the_graph_tells_the_gradients_of_two_layers(deep, samples):
+    """Both agree with torch's reverse mode through the net, in float64."""
+    import copy
+
+    import torch
+
+    net, bundle = deep
+    weights = bundle.replica().weights
+    forward = Forward(bundle, weights)
+    x, y = samples.x[:31], samples.y[:31]
+    assert forward.loss(x, y, head=2) == forward.loss(x, y)
+    twin = copy.deepcopy(net).double()
+    named = dict(twin.named_parameters())
+    with torch.no_grad():
+        for tensor in bundle.tensors:
+            piece = weights[tensor.offset :][: tensor.size].reshape(tensor.shape)
+            named[tensor.name].copy_(torch.from_numpy(piece.astype(np.float64)))
+    loss = torch.nn.functional.cross_entropy(twin(torch.from_numpy(x).double()), torch.from_numpy(y))
+    wanted = [named[name] for name in (*bundle.head, *bundle.hidden)]
+    expected = torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, wanted)]).numpy()
+
+    assert bundle.hidden == ("hidden.1.weight", "hidden.1.bias")
+    assert forward.loss(x, y, head=2) == pytest.approx(loss.item(), rel=1e-5)
+    assert np.abs(forward.head_gradient() - expected).max() < 1e-6
+    forward.loss(x, y, head=1)
+    assert np.abs(forward.head_gradient() - expected[:50]).max() < 1e-6
+
+
+@pytest.mark.parametrize("activation", ["hardswish", "relu", "gelu", "silu", "tanh"])
+def test_the_slope_of_every_known_activation_is_its_derivative(activation):
+    """To 1e-6 of automatic differentiation, between the kinks."""
+    import torch
+
+    from pruning.exact import ACTIVATIONS
+
+    function, slope = ACTIVATIONS[activation]
+    a = torch.linspace(-4.03, 4.02, 301, dtype=torch.float64, requires_grad=True)
+    (expected,) = torch.autograd.grad(function(a).sum(), a)
+    assert (slope(a) - expected).abs().max() < 1e-6
+
+
+def test_a_net_of_two_layers_keeps_one_to_be_perturbed(bundle):
+    """Where the layer before the last is the first, its gradient is not told: nothing would be left."""
+    assert bundle.hidden == ()
+    assert deep_plan(exact=7).exact == 7
+    assert bundle.replica().exact_layers(deep_plan(exact=7)) == [bundle.replica().head]
+
+
+def test_the_layer_before_takes_part_where_it_has_its_turn_often_enough(deep):
+    """With a hundred rounds for a turn at most; else it is perturbed, and all is as with one layer."""
+    _, bundle = deep
+    here = bundle.replica()
+    assert [taking_part(n, [330, 25120]) for n in (64, 330, 581, 582, 25450)] == [1, 1, 1, 2, 2]
+    assert here.exact_layers(deep_plan(exact=50)) == [here.head]
+    assert here.exact_layers(deep_plan(exact=51)) == [here.head, here.hidden]
+    one = replace(deep_plan(exact=50), method=METHODS["headstep"].code)
+    assert here.reach(deep_plan(exact=50)) == here.reach(one)
+
+
+def test_the_last_layer_moves_whole_and_the_one_before_by_turns():
+    """Of 70 scalars the last layer's 50 coordinates have one each; the others each have their turn."""
+    taken = chosen(deep_plan(exact=70), 0, [50, 100])
+
+    assert sorted(taken[:50].tolist()) == list(range(50))
+    turns = np.concatenate([chosen(deep_plan(r, exact=70), 0, [50, 100])[50:] for r in range(5)])
+    assert sorted(turns.tolist()) == list(range(50, 150))
+
+
+def test_two_layers_are_replayed_as_a_float64_reference(deep):
+    """Their coordinates by head_rate times their exact scalars; the body, which is the rest, by its own."""
+    _, bundle = deep
+    here = bundle.replica()
+    weights, mean, weight = here.weights.astype(np.float64), 0.0, 0.0
+    inside = np.concatenate([np.arange(*span) for span in (*here.head, *here.hidden)])
+    rng = np.random.default_rng(9)
+    for round_ in range(10):
+        asked = deep_plan(round_, exact=60)
+        scalars = (rng.normal(0, 3, (1, 64)) * np.r_[np.ones(4), np.full(60, 0.05)]).astype(np.float32)
+        apply_record(here, RoundRecord(asked, 1, False, scalars, 0), check=False)
+        mean = 0.9 * mean + 0.1 * float(np.mean(scalars[0, :4].astype(np.float64) ** 2))
+        weight = 0.9 * weight + 0.1
+        z = np.stack([values(key, 0, bundle.size) for key in asked.keys(0)]).astype(np.float64)
+        z[:, inside] = 0
+        weights -= asked.learning_rate / np.sqrt(mean / weight) * scalars[0, :4] @ z / 4
+        taken = inside[chosen(asked, 0, [50, 99])]
+        weights[taken] -= np.float32(0.5) * scalars[0, 4:].astype(np.float64)
+    assert np.abs(weights - bundle.replica().weights).max() > 0.02
+    assert np.abs(here.weights - weights).max() < 1e-5
+
+
+def test_deep_scalars_are_exact(deep, samples):
+    """What an agent sends of two layers is the mean gradient over its batches, and changes no bit."""
+    _, bundle = deep
+    here = bundle.replica()
+    before = here.digest()
+    asked = deep_plan(3, exact=149)
+    forward = Forward(bundle, here.weights)
+    made = measure(forward, samples, here, opened(asked), 2)
+    from edge_agent.data import batch_indices
+
+    gradients = []
+    for batch in range(3 * 4, 4 * 4):
+        rows = batch_indices(7, 2, batch, 8, 200)
+        forward.loss(samples.x[rows], samples.y[rows], head=2)
+        gradients.append(forward.head_gradient().copy())
+    expected = np.mean(gradients, 0)[chosen(asked, 0, [50, 99])]
+
+    assert np.abs(made.scalars[0, 4:] - expected).max() < 2e-5
+    assert here.digest() == before

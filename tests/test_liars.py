@@ -9,10 +9,11 @@ import pytest
 
 from coordinator.actions import Note
 from coordinator.config import load_experiment
+from coordinator.evaluation import Evaluator
 from coordinator.progress import LineProgress
 from coordinator.rounds import Rounds
 from coordinator.simulate import Spending, deal, play
-from coordinator.testbed import Evaluator, make_bundle, read_samples, rounds_of
+from coordinator.testbed import make_bundle, read_samples, rounds_of
 
 pytestmark = pytest.mark.timeout(1200)  # three hundred rounds of ten agents, five times
 

@@ -69,12 +69,12 @@ def test_the_snapshot_is_offered_three_times_and_then_come_records(run):
             log,
             run="linear",
             epoch=1,
-            bundle_identity=bundle.identity,
+            identities=[bundle.identity],
             checkpoint=run / CHECKPOINT,
             web=(8080, False),
         )
         late.take_snapshot(replica)
-        late._snapshot = None  # as if it were beyond a message
+        late._snapshots.clear()  # as if it were beyond a message
         assert [is_offer(late.answer("late", 0)) for _ in range(4)] == [True, True, True, False]
         assert isinstance(decode(late.answer("late", 0)), Slice)
         assert is_offer(late.answer("another", 0))
@@ -141,7 +141,7 @@ class Coordinator:
                 web=(self.web.port, False),
             )
             service.start()
-            service.late._snapshot = None  # as if it were beyond a message
+            service.late._snapshots.clear()  # as if it were beyond a message
             self.shelf.sha256 = service.late.stored.sha256.hex()
             while not self._ending.is_set():
                 service.pump(0.05)

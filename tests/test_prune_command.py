@@ -2,12 +2,16 @@
 
 import json
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from coordinator.cli import main
+from coordinator.config import load_experiment
+from coordinator.progress import Silence
 from coordinator.prune_picture import BudgetLine, prune_picture
+from coordinator.simulate import simulate
 from edge_agent.bundle import read_bundle
 from edge_agent.forward import Forward
 from profiles.errors import ModelError
@@ -16,6 +20,7 @@ from pruning.models import model_structure
 from pruning.prune import prune_model
 from pruning.prune_module import load_module, prune_module
 
+ROOT = Path(__file__).parent.parent
 FAST = ["--draws", "1"]
 NETS = """
 from torch import nn
@@ -49,7 +54,8 @@ def nets(tmp_path):
 def test_data_gives_the_shape(images, tmp_path, capsys):
     """With --data the net takes raw samples of the file, and the bundle runs on them."""
     out = tmp_path / "bundle"
-    assert main(["prune", "auto", "--data", str(images), "--density", "0.4", *FAST, "-o", str(out)]) == 0
+    words = ["prune", "auto", "--data", str(images), "--density", "0.4", "--method", "ntk", *FAST]
+    assert main([*words, "-o", str(out)]) == 0
     assert "parameters 3,669 -> 1,449 (39.5%)" in capsys.readouterr().out
 
     bundle = read_bundle(out)
@@ -83,6 +89,14 @@ def test_budgets(budget, tmp_path, capsys):
         budget[0] if budget else "", 0.5 * facts["params_dense"]
     )
     assert 0.95 * most <= facts["params"] <= most
+
+
+@pytest.mark.parametrize(("mode", "method"), [("structured", "uniform"), ("mask", "ntk")])
+def test_the_default_is_what_trained_best(mode, method, tmp_path, capsys):
+    """Without --method, layers shrink by one factor and masks follow NTK-SAP; see docs/pruning.md."""
+    words = ["prune", "lenet", "--shape", "1x8x8", "--classes", "3", "--mode", mode, *FAST, "--json"]
+    assert main([*words, "-o", str(tmp_path / "bundle")]) == 0
+    assert json.loads(capsys.readouterr().out)["method"] == method
 
 
 def test_a_mask_claims_nothing(tmp_path, capsys):
@@ -143,6 +157,8 @@ def test_bad_modules_are_refused(nets, function, message):
             3,
             "saves neither",
         ),
+        (["mlp", "--shape", "8", "--classes", "3", "--method", "autoflip"], 3, "do not go together"),
+        (["mlp", "--shape", "8", "--classes", "3", "--explored", "runs"], 3, "do not go together"),
         (["vgg", "--shape", "1x8x8", "--classes", "3"], 5, "'vgg' is unknown"),
         (["gone.py:net", "--shape", "1x8x8", "--classes", "3"], 5, "no Python file"),
     ],
@@ -159,11 +175,15 @@ def test_bad_options_write_nothing(words, code, message, tmp_path, capsys):
 def test_fitting_meets_the_predicted_memory():
     """A net fitted to a memory between narrowest and dense is predicted within 5 % under it."""
     options = {"sample_shape": (1, 28, 28), "classes": 10}
-    allowance = fit_memory(72.0, "dscnn", **options, batch_size=64)
     structure = model_structure("dscnn", **options)
-    assert allowance.spend(structure.dense) > 72 > allowance.spend(structure.narrowest)
+    known = fit_memory(1e3, "dscnn", **options, batch_size=512).spend
+    most, least = known(structure.dense), known(structure.narrowest)
+    allowed = (most + least) / 2
+    allowance = fit_memory(allowed, "dscnn", **options, batch_size=512)
     pruned = prune_model("dscnn", **options, method="uniform", allowance=allowance)
-    assert 0.95 * 72 <= allowance.spend(pruned.widths) <= 72
+    assert most - least > 5
+    assert allowed - 0.2 * (most - least) <= allowance.spend(pruned.widths) <= allowed
+    assert 0.95 * allowed <= allowance.spend(pruned.widths)
     assert pruned.params < pruned.params_dense
 
 
@@ -187,3 +207,25 @@ def test_picture_shows_every_layer_and_the_budget():
     for word in ("conv1", "fc1", "first", "second", "pi-zero-2w", "50 of 100 parameters"):
         assert word in said
     assert svg == prune_picture(facts, BudgetLine("pi-zero-2w", 75.0))
+
+
+def test_autoflip_prunes_by_what_a_run_explored(tmp_path, capsys):
+    """From a run's log of each agent's scalars come densities and widths; a pruned net's run is refused."""
+    short = ["rounds=3", "method.name=decomfl", "method.perturbations=64", "pruning.density=0.5"]
+    runs = {}
+    for method in ("none", "uniform"):
+        asked = load_experiment(ROOT / "examples" / "digits.toml", [*short, f"pruning.method={method}"])
+        runs[method] = tmp_path / method
+        simulate(asked, out=runs[method], observer=Silence())
+    words = ["prune", "auto", "--data", str(ROOT / "examples" / "digits.npz"), "--method", "autoflip"]
+    out = tmp_path / "bundle"
+    assert main([*words, "--explored", str(runs["none"]), "--density", "0.3", "--json", "-o", str(out)]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["method"] == "autoflip"
+    assert 0.29 < told["params"] / told["params_dense"] <= 0.3
+    assert set(told["densities"]) == {"hidden.0.weight", "hidden.1.weight"}
+    assert all(0 < density < 1 for density in told["densities"].values())
+    assert read_bundle(out).params == told["params"]
+
+    assert main([*words, "--explored", str(runs["uniform"]), "-o", str(tmp_path / "no")]) == 3
+    assert "was pruned before" in capsys.readouterr().err

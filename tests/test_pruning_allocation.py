@@ -107,7 +107,12 @@ def test_progress_reaches_the_end():
     """Progress counts every cut of the schedule once."""
     seen = []
     prune_model(
-        "mlp", sample_shape=(9,), classes=3, density=0.5, schedule_steps=6, progress=lambda *p: seen.append(p)
+        "mlp",
+        sample_shape=(9,),
+        classes=3,
+        method="ntk",
+        schedule_steps=6,
+        progress=lambda *p: seen.append(p),
     )
     assert seen == [(i, 6) for i in range(1, 7)]
 

@@ -34,13 +34,15 @@ def free(graph):
 
 @pytest.mark.parametrize("name", NETS)
 def test_graph_keeps_the_contract(name):
-    """Inputs: x, y and all parameters; outputs: loss, correct, logits, head_gradient; no weight is fixed."""
+    """Inputs: x, y and all parameters; outputs: loss, correct, logits, gradients; no weight is fixed."""
     net = build_model(name, sample_shape=NETS[name], classes=10)
     graph = onnx.load_model_from_string(export_graph(net, sample_shape=NETS[name], classes=10).graph).graph
     names = [k for k, _ in net.named_parameters()]
+    outputs = ["loss", "correct", "logits", "head_gradient"]
+    outputs += ["hidden_gradient"] * (name in ("mlp", "lenet"))  # the others pool before their last layer
 
     assert [i.name for i in graph.input] == ["x", "y", *names]
-    assert [o.name for o in graph.output] == ["loss", "correct", "logits", "head_gradient"]
+    assert [o.name for o in graph.output] == outputs
     constants = {i.name: int(np.prod(i.dims)) for i in graph.initializer}
     assert not set(constants) & set(names)
     assert max(constants.values()) <= max(64, 2 * NETS[name][0])  # standardisation and shapes only

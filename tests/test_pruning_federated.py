@@ -101,3 +101,17 @@ def test_gate_scores_of_another_net_are_refused():
     bad = GateScores(np.zeros(2, np.float32), samples=3, forwards=9)
     with pytest.raises(EstimateError, match=r"pi-7 sent \(2,\) scores"):
         sum_gate_scores([("pi-1", good), ("pi-7", bad)])
+
+
+def test_draws_are_summed_in_their_order():
+    """Draws 0, 1, 2 are summed in this order even if 0 and 2 come first."""
+    net = torch.nn.Sequential(torch.nn.Linear(1, 2, bias=False), torch.nn.Linear(2, 1))
+    probe = make_probe(net, sample_shape=(1,), draws=3)
+    # In order the first weight's scores cancel to 0 in float64; with draw 1 last they leave 1.
+    scores = {0: [1e16, 0.5], 1: [1.0, 0.0], 2: [-1e16, 0.0]}
+
+    def worker(masks, step, draws):
+        return {draw: np.array(scores[draw], "<f4").tobytes() for draw in draws}
+
+    masks = federated_masks(probe, [worker, worker], density=0.5, steps=1)
+    assert masks["0.weight"].reshape(-1).tolist() == [0.0, 1.0]

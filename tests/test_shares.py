@@ -107,7 +107,7 @@ def test_replay_agrees_with_a_float64_reference():
         weights -= asked.learning_rate / np.sqrt(mean / weight) * g @ z / len(g)
         from edge_agent.head import chosen
 
-        weights[inside[chosen(asked, 0, 66)]] -= np.float32(0.3) * scalars[0, 12:].astype(np.float64)
+        weights[inside[chosen(asked, 0, [66])]] -= np.float32(0.3) * scalars[0, 12:].astype(np.float64)
     assert np.abs(weights - replica().weights).max() > 0.02
     assert np.abs(here.weights - weights).max() < 1e-5
 

@@ -14,6 +14,9 @@ import numpy as np
 import psutil
 import pytest
 
+from coordinator.broker import find_mosquitto
+
+needs_mosquitto = pytest.mark.skipif(find_mosquitto() is None, reason="mosquitto is not installed")
 pytestmark = pytest.mark.xdist_group("testbed")  # the finished run is shared, and cores are few
 
 ROOT = Path(__file__).parent.parent
@@ -263,3 +266,24 @@ def test_a_run_is_never_overwritten(finished):
     assert done.returncode not in (0, 1)
     assert "--resume" in done.stderr
     assert json.loads((out / "summary.json").read_text()) == summary
+
+
+@needs_mosquitto
+def test_a_secured_run_has_the_same_bits(finished, tmp_path):
+    """Over mutual TLS, with signed messages, the same experiment ends with the digest of the open run."""
+    _, open_summary = finished
+    out = tmp_path / "secured"
+    secured = run(out, *SMALL, *THREE, "--set", "broker.security=on")
+
+    assert secured["final_digest"] == open_summary["final_digest"]
+    assert secured["digests_agree"] is True
+    assert "use_identity_as_username true" in (out / "mosquitto.conf").read_text()
+    assert (out / "bundle" / "manifest.sig").stat().st_size == 64
+
+
+def test_a_broker_elsewhere_in_the_clear_is_refused(tmp_path):
+    """A run is not sent over a network unprotected unless somebody says that it shall be."""
+    message = refused(tmp_path / "run", "--broker", "mqtt://192.0.2.1:1883", *SMALL)
+
+    assert "unprotected" in message
+    assert "--insecure" in message

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from coordinator.cli import (
+    bench,
     ctl,
     devices,
     doctor,
@@ -25,6 +26,7 @@ from coordinator.cli import (
     simulate,
     swarm,
     testbed,
+    tune,
     update,
 )
 from profiles.errors import ScalarfedError
@@ -54,12 +56,14 @@ app.command(name="enrol", epilog=enrol.EXAMPLE)(enrol.enrol)
 app.command(name="ctl", epilog=ctl.EXAMPLE)(ctl.ctl)
 app.command(name="doctor", epilog=doctor.EXAMPLE)(doctor.doctor)
 app.command(name="simulate", epilog=simulate.EXAMPLE)(simulate.simulate)
+app.command(name="tune", epilog=tune.EXAMPLE)(tune.tune)
 app.add_typer(log.app, name="log")
 app.command(name="replay", epilog=replay.EXAMPLE)(replay.replay)
 app.command(name="report", epilog=report.EXAMPLE)(report.report)
 app.command(name="prune", epilog=prune.EXAMPLE)(prune.prune)
 app.add_typer(profile.app, name="profile")
 app.command(name="fit", epilog=fit.EXAMPLE)(fit.fit)
+app.add_typer(bench.app, name="bench")
 app.command(name="swarm", epilog=swarm.EXAMPLE)(swarm.swarm)
 
 

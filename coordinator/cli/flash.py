@@ -476,8 +476,7 @@ def _await(plan: "Plan", within_s: float) -> None:
 
 
 def _ask() -> None:
-    from coordinator.flash.plan import mounted_cards
-    from coordinator.flash.settings import own_addresses
+    from coordinator.cli.wizard import ask
     from profiles.errors import FlashError
 
     if not sys.stdin.isatty():
@@ -485,19 +484,11 @@ def _ask() -> None:
             "there is no terminal to ask questions on",
             hint="Use `scalarfed flash card`, `image`, `ssh` or `local` with options.",
         )
-    cards = mounted_cards()
-    place = typer.prompt(
-        "1/4  Card (its mounted partition) or USER@HOST", default=str(cards[0]) if cards else None
-    )
-    name = typer.prompt("2/4  Name of the board, such as pi-kitchen")
-    bundle = Path(typer.prompt("3/4  Bundle, the folder `bundle` of a run"))
-    addresses = own_addresses()
-    suggested = f"mqtt://{addresses[0]}:1883" if addresses else None
-    broker = typer.prompt("4/4  Broker, as the board reaches it", default=suggested)
-    if "@" in place:
-        ssh(place, name=name, broker=broker, bundle=bundle)
+    said = ask()
+    if said.place is None:
+        ssh(said.host, name=said.name, broker=said.broker, bundle=said.bundle)
     else:
-        card(Path(place), name=name, broker=broker, bundle=bundle)
+        card(said.place, name=said.name, broker=said.broker, bundle=said.bundle)
 
 
 def _tick(text: str) -> None:

@@ -49,8 +49,17 @@ def prune(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples of a forward, for --fit.")] = 32,
     method: Annotated[
-        str, typer.Option(help="ntk, uniform, synflow, erk, random, magnitude, snip, grasp or none.")
-    ] = "ntk",
+        str | None,
+        typer.Option(
+            help="uniform, the default of layers; ntk, that of masks; synflow, erk, random, magnitude, snip, "
+            "grasp, autoflip or none.",
+            show_default=False,
+        ),
+    ] = None,
+    explored: Annotated[
+        Path | None,
+        typer.Option(help="For --method autoflip: a run of the same net, not pruned.", show_default=False),
+    ] = None,
     mode: Annotated[
         str, typer.Option(help="structured: narrower layers. mask: single weights, saves no memory.")
     ] = "structured",
@@ -80,6 +89,7 @@ def prune(
         fit=fit,
         batch_size=batch_size,
         method=method,
+        explored=explored,
         mode=mode,
         draws=draws,
         seed=seed,

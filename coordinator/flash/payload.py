@@ -7,6 +7,7 @@ and are kept in a cache; our own is made here from the two lower floors, which i
 import base64
 import hashlib
 import importlib.metadata
+import importlib.util
 import io
 import json
 import os
@@ -23,12 +24,14 @@ from pathlib import Path
 import profiles
 from coordinator.flash.settings import Settings
 from edge_agent.bundle import read_bundle
+from edge_agent.native.build import SOURCES, build
 from profiles.errors import FlashError
 
 __all__ = [
     "REQUIREMENTS",
     "Payload",
     "Target",
+    "board_kernel",
     "cache_folder",
     "fetch_wheels",
     "make_payload",
@@ -46,6 +49,7 @@ _SCRIPTS = (
     *("install.sh", "guard.sh", "care.sh"),
     *("scalarfed-agent.service", "scalarfed-care.service", "scalarfed-care.path"),
 )
+_OLDEST_GLIBC = 28  # of numpy's and onnxruntime's wheels too
 _EPOCH = (2020, 1, 1, 0, 0, 0)
 
 
@@ -146,8 +150,47 @@ def fetch_wheels(target: Target, *, cache: Path | None = None) -> list[Path]:
     return sorted(folder.glob("*.whl"))
 
 
-def own_wheel() -> tuple[str, bytes]:
-    """Return the name and the bytes of a wheel with all that a board runs; equal sources, equal bytes."""
+def board_kernel(arch: str, *, cache: Path | None = None) -> bytes | None:
+    """Return the compiled kernel for a board's processor, or None where nothing here can compile for it.
+
+    Compiled once, by the zig of the package ``ziglang`` or by ``ARCH-linux-gnu-gcc``, and kept in the cache.
+    A kernel that would need a newer C library than the oldest supported board has is not used.
+
+    Args:
+        arch: As ``uname -m`` says there.
+        cache: Where it is kept; beside :func:`cache_folder` where left out.
+    """
+    sources = sorted(path for path in SOURCES.iterdir() if path.suffix in (".c", ".h"))
+    told = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:8]
+    kept = (cache or cache_folder().parent / "kernels") / f"{arch}-{told}.so"
+    if not kept.is_file():
+        compiler = _compiler_for(arch)
+        if not compiler:
+            return None
+        try:
+            build(kept, compiler=compiler, machine=arch)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+    found = kept.read_bytes()
+    needs = max((int(minor) for minor in re.findall(rb"GLIBC_2\.(\d+)", found)), default=0)
+    return found if needs <= _OLDEST_GLIBC else None
+
+
+def _compiler_for(arch: str) -> list[str]:
+    if importlib.util.find_spec("ziglang") is not None:
+        return [sys.executable, "-m", "ziglang", "cc", "-target", f"{arch}-linux-gnu.2.17"]
+    found = shutil.which(f"{arch}-linux-gnu-gcc")
+    return [found] if found else []
+
+
+def own_wheel(arch: str = "", *, cache: Path | None = None) -> tuple[str, bytes]:
+    """Return the name and the bytes of a wheel with all that a board runs; equal sources, equal bytes.
+
+    Args:
+        arch: The board's processor, for the compiled kernel; without one, or where it cannot be compiled, the
+            board computes the same bits with numpy.
+        cache: For :func:`board_kernel`.
+    """
     try:
         version = importlib.metadata.version("scalarfed")
     except importlib.metadata.PackageNotFoundError:
@@ -159,14 +202,19 @@ def own_wheel() -> tuple[str, bytes]:
         for path in sorted((root / floor).rglob("*"))
         if path.is_file() and path.suffix not in (".pyc", ".so", ".o") and "__pycache__" not in path.parts
     }
+    kernel = board_kernel(arch, cache=cache) if arch else None
+    tag = f"py3-none-manylinux_2_{_OLDEST_GLIBC}_{arch}" if kernel else "py3-none-any"
+    if kernel:
+        files["edge_agent/native/libscalarfed.so"] = kernel
     info = f"scalarfed-{version}.dist-info"
     needs = "".join(f"Requires-Dist: {requirement}\n" for requirement in REQUIREMENTS)
     files[f"{info}/METADATA"] = (
         f"Metadata-Version: 2.1\nName: scalarfed\nVersion: {version}\n{needs}".encode()
     )
     files[f"{info}/WHEEL"] = (
-        b"Wheel-Version: 1.0\nGenerator: scalarfed\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-    )
+        "Wheel-Version: 1.0\nGenerator: scalarfed\n"
+        f"Root-Is-Purelib: {'false' if kernel else 'true'}\nTag: {tag}\n"
+    ).encode()
     rows = [
         f"{name},sha256={base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b'=').decode()},{len(data)}"
         for name, data in files.items()
@@ -176,7 +224,7 @@ def own_wheel() -> tuple[str, bytes]:
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in files.items():
             archive.writestr(zipfile.ZipInfo(name, _EPOCH), data, zipfile.ZIP_DEFLATED)
-    return f"scalarfed-{version}-py3-none-any.whl", out.getvalue()
+    return f"scalarfed-{version}-{tag}.whl", out.getvalue()
 
 
 def make_payload(
@@ -235,7 +283,7 @@ def make_update(
 def _release(target: Target, cache: Path | None) -> tuple[dict[str, bytes], str]:
     """Return the files that are the same for every board of a kind, and the release's name."""
     wheels = {wheel.name: wheel.read_bytes() for wheel in fetch_wheels(target, cache=cache)}
-    name, own = own_wheel()
+    name, own = own_wheel(target.arch)
     wheels[name] = own
     digest = hashlib.sha256("".join(_sha256(wheels[key]) for key in sorted(wheels)).encode()).hexdigest()
     release = f"{name.split('-')[1]}-{digest[:8]}"

@@ -35,7 +35,7 @@ _PATHS: dict[str, tuple[tuple[str, int, int, tuple[str, ...]], ...]] = {
         ("sse2", 4, 0, ("-msse2",)),
         ("avx2", 8, 0, ("-mavx2",)),
         ("avx512", 16, 0, _AVX512),
-        ("avx512vnni", 16, 1, (*_AVX512, "-mavx512vnni", "-mavx512vbmi")),
+        ("avx512vnni", 16, 1, (*_AVX512, "-mavx512vnni", "-mavx512vbmi", "-mavx512bitalg")),
     ),
     "aarch64": (_SCALAR, ("neon", 4, 0, ()), ("dotprod", 4, 1, ("-mcpu=generic+dotprod",))),
 }

@@ -86,7 +86,7 @@ class Learning(NamedTuple):
     floor: float
 
 
-Term: TypeAlias = tuple[tuple[int, int, int, int], int]
+_Term: TypeAlias = tuple[tuple[int, int, int, int], int]
 
 
 class Kernel:
@@ -133,7 +133,7 @@ class Kernel:
         epsilon: float,
         curvature: NDArray[np.uint16] | None,
         threads: int = 1,
-    ) -> Callable[[Sequence[Term]], None]:
+    ) -> Callable[[Sequence[_Term]], None]:
         """Return a function of terms that displaces the weights; see :func:`edge_agent.grid.displacer`.
 
         Raises:
@@ -148,7 +148,7 @@ class Kernel:
         def work(start: int, stop: int) -> int:
             return int(function(path, _PerturbJob(memory.span(start, stop), keys, times, job.terms, epsilon)))
 
-        def displace(terms: Sequence[Term]) -> None:
+        def displace(terms: Sequence[_Term]) -> None:
             if not 1 <= len(terms) <= 4:
                 raise ValueError(f"one pass takes 1 to 4 terms, got {len(terms)}")
             for place, (key, count) in enumerate(terms):

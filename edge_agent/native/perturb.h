@@ -60,53 +60,60 @@ static void begin_segment(struct perturb_state *state, float step)
     }
 }
 
-INLINE void perturb_chunk(float *weights, uint16_t *curvature, uint32_t first_word, void *given, float step)
+INLINE void perturb_chunks(float *weights, uint16_t *curvature, uint32_t first_word, int64_t chunks,
+                           struct perturb_state *state, float step)
 {
-    struct perturb_state *state = given;
     const struct keys *keys = state->keys;
     if (state->step != step)
         begin_segment(state, step);
     const float amount = state->amount;
     const table scaled = state->scaled;
-    for (int lane = 0; lane < CHUNK_WORDS; lane += LANES) {
-        vf sum[PLANES] = {0}, root[PLANES];
-        if (curvature) {
+    for (; chunks; chunks--, weights += CHUNK, first_word += CHUNK_WORDS) {
+        for (int i = 0; i < CHUNK; i += 16)
+            __builtin_prefetch(weights + AHEAD + i, 1);
+        for (int lane = 0; lane < CHUNK_WORDS; lane += LANES) {
+            vf sum[PLANES] = {0}, root[PLANES];
+            if (curvature) {
 #pragma GCC unroll 8
-            for (int plane = 0; plane < PLANES; plane++)
-                root[plane] = inverse_root(curvature_at(curvature + 16 * plane + lane));
-        }
-        for (int64_t t = 0; t < keys->count; t++) {
-            vu word = prepare(hash(lanes_from(first_word + (uint32_t)lane), keys->low[t], keys->high[t]));
+                for (int plane = 0; plane < PLANES; plane++)
+                    root[plane] = inverse_root(curvature_at(curvature + 16 * plane + lane));
+            }
+            for (int64_t t = 0; t < keys->count; t++) {
+                vu word = prepare(hash(lanes_from(first_word + (uint32_t)lane), keys->low[t], keys->high[t]));
+#pragma GCC unroll 8
+                for (int plane = 0; plane < PLANES; plane++) {
+                    if (curvature)
+                        sum[plane] +=
+                            whole_steps(product(scaled, amount, word, plane) * root[plane]) * state->unit[t];
+#if HAS_TABLES
+                    else
+                        sum[plane] += (vf)look_up(state->ready[t], word, plane);
+#else
+                    else
+                        sum[plane] += whole_steps(product(scaled, amount, word, plane)) * state->unit[t];
+#endif
+                }
+            }
 #pragma GCC unroll 8
             for (int plane = 0; plane < PLANES; plane++) {
-                if (curvature)
-                    sum[plane] += whole_steps(product(scaled, amount, word, plane) * root[plane]) * state->unit[t];
-#if HAS_TABLES
-                else
-                    sum[plane] += (vf)look_up(state->ready[t], word, plane);
-#else
-                else
-                    sum[plane] += whole_steps(product(scaled, amount, word, plane)) * state->unit[t];
-#endif
+                float *w = weights + 16 * plane + lane;
+                store(w, load(w) + sum[plane]);
             }
         }
-#pragma GCC unroll 8
-        for (int plane = 0; plane < PLANES; plane++) {
-            float *w = weights + 16 * plane + lane;
-            store(w, load(w) + sum[plane]);
-        }
+        if (curvature)
+            curvature += CHUNK;
     }
 }
 
-static void perturb_plain(float *weights, uint16_t *curvature, uint32_t first_word, void *given, float step)
+static void perturb_plain(float *weights, uint16_t *curvature, uint32_t first_word, int64_t chunks, void *state, float step)
 {
     (void)curvature;
-    perturb_chunk(weights, 0, first_word, given, step);
+    perturb_chunks(weights, 0, first_word, chunks, state, step);
 }
 
-static void perturb_curved(float *weights, uint16_t *curvature, uint32_t first_word, void *given, float step)
+static void perturb_curved(float *weights, uint16_t *curvature, uint32_t first_word, int64_t chunks, void *state, float step)
 {
-    perturb_chunk(weights, curvature, first_word, given, step);
+    perturb_chunks(weights, curvature, first_word, chunks, state, step);
 }
 
 static int perturb(const struct perturb_job *job)

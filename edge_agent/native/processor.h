@@ -8,7 +8,7 @@
 
 #include <cpuid.h>
 
-enum { LEAF_7_EBX_AVX2 = 1 << 5, LEAF_7_ECX_VBMI = 1 << 1, LEAF_7_ECX_VNNI = 1 << 11 };
+enum { LEAF_7_EBX_AVX2 = 1 << 5, LEAF_7_ECX_BYTES = 1 << 1 | 1 << 11 | 1 << 12 }; /* VBMI, VNNI, BITALG */
 #define LEAF_7_EBX_AVX512 (1u << 16 | 1u << 17 | 1u << 30 | 1u << 31) /* F, DQ, BW, VL */
 
 /* Which vector registers the operating system saves: 0x06 with AVX, 0xE6 with AVX-512. */
@@ -32,7 +32,7 @@ static inline int processor_runs(int lanes, int dot)
         return (saved & 0x06) == 0x06 && (ebx & LEAF_7_EBX_AVX2);
     if ((saved & 0xE6) != 0xE6 || (ebx & LEAF_7_EBX_AVX512) != LEAF_7_EBX_AVX512)
         return 0;
-    return !dot || ((ecx & LEAF_7_ECX_VBMI) && (ecx & LEAF_7_ECX_VNNI));
+    return !dot || (ecx & LEAF_7_ECX_BYTES) == LEAF_7_ECX_BYTES;
 }
 
 #elif defined(__aarch64__) && defined(__linux__)

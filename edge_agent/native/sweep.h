@@ -7,6 +7,8 @@
 #include "jobs.h"
 #include "noise.h"
 
+enum { AHEAD = 8 * CHUNK }; /* elements; a page's end stops a processor's own looking ahead */
+
 /* Keys of the block that is worked on: `low` is added to a lane, `high` between the multiplications. */
 struct keys {
     int64_t count;
@@ -46,12 +48,12 @@ INLINE vf inverse_root(vf h)
 
 INLINE vf curvature_at(const uint16_t *p) { return float_of(load_half(p) << 16); }
 
-/* Calls work(weights, curvature, its first word in the block, state, grid step) for every chunk of the span.
+/* Calls work(weights, curvature, first word in the block, chunks, state, grid step) for runs of chunks in a block.
  *
  * A chunk that the span or a segment covers in part is worked on in a copy, so that `work` always
- * sees whole chunks: 128 weights, 128 curvatures (or NULL).
+ * sees whole chunks: 128 weights, 128 curvatures (or NULL) each.
  */
-typedef void chunk_work(float *weights, uint16_t *curvature, uint32_t first_word, void *state, float step);
+typedef void chunk_work(float *weights, uint16_t *curvature, uint32_t first_word, int64_t chunks, void *state, float step);
 
 INLINE void sweep(const struct span *span, struct keys *keys, chunk_work work, void *state)
 {
@@ -64,11 +66,13 @@ INLINE void sweep(const struct span *span, struct keys *keys, chunk_work work, v
         memcpy(&step, &step_bits, 4);
         for (int64_t i = start; i < stop;) {
             int64_t chunk = i / CHUNK, base = chunk * CHUNK;
-            int64_t end = base + CHUNK < stop ? base + CHUNK : stop;
+            int64_t border = (base / BLOCK + 1) * BLOCK, end = base + CHUNK < stop ? base + CHUNK : stop;
             uint32_t first_word = (uint32_t)((chunk * CHUNK_WORDS) % BLOCK_WORDS);
             turn_to_block(keys, base / BLOCK);
             if (end - i == CHUNK) {
-                work(span->weights + i, span->curvature ? span->curvature + i : 0, first_word, state, step);
+                int64_t chunks = ((border < stop ? border : stop) - i) / CHUNK;
+                work(span->weights + i, span->curvature ? span->curvature + i : 0, first_word, chunks, state, step);
+                end = i + chunks * CHUNK;
             } else {
                 float weights[CHUNK] = {0};
                 uint16_t curvature[CHUNK];
@@ -79,7 +83,7 @@ INLINE void sweep(const struct span *span, struct keys *keys, chunk_work work, v
                         curvature[j] = 0x3F80;
                     memcpy(curvature + lead, span->curvature + i, size * sizeof(uint16_t));
                 }
-                work(weights, span->curvature ? curvature : 0, first_word, state, step);
+                work(weights, span->curvature ? curvature : 0, first_word, 1, state, step);
                 memcpy(span->weights + i, weights + lead, size * sizeof(float));
                 if (span->curvature)
                     memcpy(span->curvature + i, curvature + lead, size * sizeof(uint16_t));

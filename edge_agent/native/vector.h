@@ -76,9 +76,14 @@ INLINE vf load(const float *p) { vf x; memcpy(&x, p, sizeof x); return x; }
 INLINE void store(float *p, vf x) { memcpy(p, &x, sizeof x); }
 INLINE vf every(float x) { return (vf){0} + x; }
 
+#if LANES == 16
+/* The smaller of two magnitudes with the sign of the first: one operation for two. */
+INLINE vf clamp(vf x, float limit) { return (vf)_mm512_range_ps((__m512)x, (__m512)every(limit), 0x2); }
+INLINE vf nearest(vf x) { return (vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+#else
 INLINE vf clamp(vf x, float limit) { return least(most(x, every(-limit)), every(limit)); }
-
 /* Nearest whole number, ties to even, for |x| <= 2**22: adding 1.5 * 2**23 leaves no bits for a fraction. */
 INLINE vf nearest(vf x) { return (x + 12582912.0f) - 12582912.0f; }
+#endif
 
 #endif

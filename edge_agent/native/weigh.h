@@ -15,17 +15,13 @@ INLINE vi dot(vi sum, vu counts, uint32_t bytes)
 {
     return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)counts, _mm512_set1_epi32((int)bytes));
 }
-INLINE vu count_low_fours(vu x) /* ones in the lower four bits of each byte */
-{
-    const __m512i ones = _mm512_set4_epi32(0x04030302, 0x03020201, 0x03020201, 0x02010100);
-    return (vu)_mm512_shuffle_epi8(ones, (__m512i)(x & 0x0F0F0F0Fu));
-}
+INLINE vu count_bytes(vu x) { return (vu)_mm512_popcnt_epi8((__m512i)x); } /* ones in each byte */
 #else
 INLINE vi dot(vi sum, vu counts, uint32_t bytes)
 {
     return (vi)vdotq_s32((int32x4_t)sum, (int8x16_t)counts, vreinterpretq_s8_u32(vdupq_n_u32(bytes)));
 }
-INLINE vu count_low_fours(vu x) { return (vu)vcntq_u8((uint8x16_t)(x & 0x0F0F0F0Fu)); }
+INLINE vu count_bytes(vu x) { return (vu)vcntq_u8((uint8x16_t)x); }
 #endif
 
 /* A whole number is 128 * upper + lower; the bytes of four perturbations lie side by side. */
@@ -89,30 +85,31 @@ INLINE void hash_four(vu y[4], vu lanes, const uint32_t *low, const uint32_t *hi
               hash(lanes, low[s], high[s]));
 }
 
+/* The lower four bits of a byte are counted, and all eight: the upper four are the difference. */
 INLINE void weigh(vi sum[PLANES], vu lanes, const uint32_t *low, const uint32_t *high, const factor *factors, int64_t count)
 {
-    const int32_t bias = factors->bias;
+    const uint32_t bias = (uint32_t)factors->bias;
     vi upper[PLANES] = {0}, lower[PLANES] = {0};
     const int64_t last = count - 1; /* words beyond it meet zeros */
-    vu y[4], next[4];
-    hash_four(y, lanes, low, high, 0, last);
     for (int64_t p = 0; p < count; p += 4, factors++) {
-        /* The next words are hashed while these are looked up. */
-        if (p + 4 < count)
-            hash_four(next, lanes, low, high, p + 4, last);
+        vu y[4];
+        hash_four(y, lanes, low, high, p, last);
 #pragma GCC unroll 4
         for (int byte = 0; byte < 4; byte++) {
-            vu even = count_low_fours(y[byte]), odd = count_low_fours(y[byte] >> 4);
-            upper[2 * byte] = dot(upper[2 * byte], even, factors->upper);
-            lower[2 * byte] = dot(lower[2 * byte], even, factors->lower);
-            upper[2 * byte + 1] = dot(upper[2 * byte + 1], odd, factors->upper);
-            lower[2 * byte + 1] = dot(lower[2 * byte + 1], odd, factors->lower);
-            y[byte] = next[byte];
+            vu four = count_bytes(y[byte] & 0x0F0F0F0Fu), eight = count_bytes(y[byte]);
+            upper[2 * byte] = dot(upper[2 * byte], four, factors->upper);
+            lower[2 * byte] = dot(lower[2 * byte], four, factors->lower);
+            upper[2 * byte + 1] = dot(upper[2 * byte + 1], eight, factors->upper);
+            lower[2 * byte + 1] = dot(lower[2 * byte + 1], eight, factors->lower);
         }
     }
-#pragma GCC unroll 8
-    for (int plane = 0; plane < PLANES; plane++)
-        sum[plane] = (vi)(((vu)upper[plane] << 7) + (vu)lower[plane] - (uint32_t)bias);
+#pragma GCC unroll 4
+    for (int plane = 0; plane < PLANES; plane += 2) {
+        vu four = ((vu)upper[plane] << 7) + (vu)lower[plane];
+        vu eight = ((vu)upper[plane + 1] << 7) + (vu)lower[plane + 1];
+        sum[plane] = (vi)(four - bias);
+        sum[plane + 1] = (vi)(eight - four - bias);
+    }
 }
 
 #else

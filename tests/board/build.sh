@@ -2,13 +2,23 @@
 # Builds the emulated board: an arm64 Debian card image that has never booted, its kernel and an initrd.
 # Needs no Docker, KVM, binfmt or loop mounts; needs root (mmdebstrap unpacks device-free, as root).
 #
-#   build.sh FOLDER    gets card.img, vmlinuz, initrd.img; what is there already is not built again
+#   build.sh FOLDER    gets card.img, vmlinuz, initrd.img and qemu-aarch64; what is there already is not built again
 set -eu
 here=$(dirname "$(readlink -f "$0")")
 mkdir -p "$1"
 cd "$1"
-[ -f card.img ] && [ -f vmlinuz ] && [ -f initrd.img ] && exit 0
 export TMPDIR="$PWD" PATH="$PATH:/usr/sbin:/sbin"
+
+# Debian 13's qemu for single programs: that of Debian 12 falls over onnxruntime.
+if [ ! -f qemu-aarch64 ]; then
+  nice mmdebstrap --format=tar --mode=root --variant=extract --arch="$(dpkg --print-architecture)" --include=qemu-user \
+    --aptopt='Apt::Install-Recommends "false"' trixie qemu-user.tar
+  tar -xOf qemu-user.tar ./usr/bin/qemu-aarch64 >qemu-aarch64.part
+  chmod +x qemu-aarch64.part
+  mv qemu-aarch64.part qemu-aarch64
+  rm qemu-user.tar
+fi
+[ -f card.img ] && [ -f vmlinuz ] && [ -f initrd.img ] && exit 0
 packages=linux-image-cloud-arm64,base-passwd,base-files,bash,coreutils,login,passwd,util-linux,mount,systemd
 packages=$packages,systemd-sysv,udev,dbus,cloud-init,python3,python3-venv,iproute2,kmod,procps,dash,grep,sed,gzip
 packages=$packages,findutils,hostname,libc-bin,netbase,mawk,init-system-helpers,debianutils,tzdata,busybox-static

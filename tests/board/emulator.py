@@ -80,9 +80,13 @@ class EmulatedBoard:
         """Shut down in order, so that the card can be read."""
         if self._child is None:
             return
-        with contextlib.suppress(AssertionError, OSError):
-            self._connected().sendall(b"systemctl poweroff\n")
-            self._child.wait(90)
+        with contextlib.suppress(OSError):
+            shell = self._connected()
+            shell.sendall(b"systemctl poweroff\n")
+            deadline = time.monotonic() + 180
+            while self.alive() and time.monotonic() < deadline:
+                with contextlib.suppress(TimeoutError):
+                    shell.recv(65536)  # whoever does not listen keeps the console, and so the board, waiting
         self.cut_power()
 
     def cut_power(self) -> None:

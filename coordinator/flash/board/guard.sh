@@ -7,18 +7,23 @@
 #
 #   guard.sh before|after|joined [ROOT]    joined: only end a trial that went well
 set -u
-opt=${2:-}/opt/scalarfed var=${2:-}/var/lib/scalarfed etc=${2:-}/etc/scalarfed
+root=${2:-}
+opt=$root/opt/scalarfed var=$root/var/lib/scalarfed etc=$root/etc/scalarfed
 
-if [ "$1" = after ]; then
-  [ "${SERVICE_RESULT:-success}" != success ] || exit 0
+note() {
   report=$opt/report.txt
-  for place in "${2:-}/boot/firmware" "${2:-}/boot"; do
+  for place in "$root/boot/firmware" "$root/boot"; do
     [ -f "$place/scalarfed/report.txt" ] && report=$place/scalarfed/report.txt && break
   done
   # A card wears out by writing: a board that fails for ever says so for a while only.
-  [ "$(wc -c <"$report" 2>/dev/null || echo 0)" -lt 32768 ] || exit 0
+  [ "$(wc -c <"$report" 2>/dev/null || echo 0)" -ge 32768 ] ||
+    echo "$(cut -d' ' -f1 /proc/uptime) $*" >>"$report"
+}
+
+if [ "$1" = after ]; then
+  [ "${SERVICE_RESULT:-success}" != success ] || exit 0
   words=$(sed -n 's/.*"last_words": "\(.*\)"}$/\1/p' "$var/starts.json" 2>/dev/null)
-  echo "$(cut -d' ' -f1 /proc/uptime) agent ended: $SERVICE_RESULT ${EXIT_CODE:-} ${EXIT_STATUS:-}: $words" >>"$report"
+  note "agent ended: $SERVICE_RESULT ${EXIT_CODE:-} ${EXIT_STATUS:-}: $words"
   exit 0
 fi
 
@@ -51,6 +56,7 @@ if [ $starts -gt 4 ] || [ -f "$var/give-back" ]; then
     [ ! -f "$etc/board.json.former" ] || mv -f "$etc/board.json.former" "$etc/board.json"
     echo "${now#releases/}" >"$opt/returned-from"
     echo "returned $(cat "$opt/update.number" 2>/dev/null || echo 0) ${now#releases/} did not join in $starts starts" >"$opt/update.outcome"
+    note "update returned: ${now#releases/} did not join in $starts starts; current is ${former#releases/}"
     echo "scalarfed: ${now#releases/} did not join in $starts starts; back to ${former#releases/}"
   fi
   rm -f "$opt/trial" "$opt/trial.starts" "$var/give-back"
