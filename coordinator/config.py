@@ -297,6 +297,12 @@ def _check_masks(experiment: Experiment, faults: Faults) -> None:
             'wants one mean for each width, and `privacy.masks` = "pairwise" shows one sum alone. '
             "Leave one of them out.",
         )
+    if METHODS[experiment.method.name].nested:
+        faults.refuse(
+            "method.name",
+            experiment.method.name,
+            'sums each width by itself; `privacy.masks` = "pairwise" shows one sum alone. Choose another.',
+        )
     if not 3 <= asked <= _LARGEST_MASKED:
         faults.refuse(
             "fleet.cohort",

@@ -18,13 +18,14 @@ from coordinator.authority import COORDINATOR, OPERATOR, Authority, Identity
 from coordinator.broker import Broker, Protection, find_mosquitto, greet, start_mosquitto
 from coordinator.child import end_orphan
 from coordinator.experiment import BrokerChoice
+from edge_agent.bundle import sign_bundle
 from edge_agent.credentials import client_context
 from edge_agent.link import Link, MqttLink
 from edge_agent.seal import SayingLink
 from edge_agent.topics import Topics
 from profiles.errors import BrokerError
 
-__all__ = ["Guard", "access_rules", "connect", "guard_of", "is_beyond_loopback"]
+__all__ = ["Guard", "access_rules", "connect", "guard_of", "is_beyond_loopback", "needs_guard"]
 
 _KICK_S = 3.0
 _NUMBERS = 1_000_000
@@ -65,12 +66,8 @@ def is_beyond_loopback(host: str) -> bool:
         return True
 
 
-def guard_of(choice: BrokerChoice, folder: Path) -> "Guard | None":
-    """Return the guard that a run's broker needs, with an authority of its own in the run folder, or None.
-
-    Args:
-        choice: Which broker, and whether it is to be protected.
-        folder: The run folder.
+def needs_guard(choice: BrokerChoice) -> bool:
+    """Return whether a run's broker is to be guarded; asked before any work is begun.
 
     Raises:
         BrokerError: The broker runs already, elsewhere, and would carry everything in the clear; or it cannot
@@ -78,14 +75,24 @@ def guard_of(choice: BrokerChoice, folder: Path) -> "Guard | None":
     """
     host = urlsplit(choice.url).hostname or "" if choice.url else choice.listen
     if choice.security == "insecure" or (choice.security == "auto" and not is_beyond_loopback(host)):
-        return None
+        return False
     if choice.url:
         raise BrokerError(
             f"{choice.url} would carry this run unprotected: anybody on it could answer in an agent's name.",
             hint="Leave --broker out and set broker.listen, so that a protected one is started; or say "
             "--insecure in a network of your own.",
         )
-    return Guard(Authority.create(folder / "authority"), folder)
+    _mosquitto()
+    return True
+
+
+def guard_of(choice: BrokerChoice, folder: Path) -> "Guard | None":
+    """Return the guard that a run's broker needs, with an authority of its own in the run folder, or None.
+
+    Raises:
+        BrokerError: As :func:`needs_guard`.
+    """
+    return Guard(Authority.create(folder / "authority"), folder) if needs_guard(choice) else None
 
 
 def connect(broker: Broker, topics: Topics, guard: "Guard | None") -> tuple[MqttLink, Link]:
@@ -135,13 +142,7 @@ class Guard:
                 list nor rights by certificate), or does not start.
         """
         end_orphan(folder / "broker.pid")
-        program = find_mosquitto()
-        if program is None:
-            raise BrokerError(
-                "A protected broker needs mosquitto, which is not installed: amqtt knows neither revocation "
-                "lists nor rights by certificate.",
-                hint="Install mosquitto 2, stay on the loopback, or say --insecure in a network of your own.",
-            )
+        program = _mosquitto()
         server = self.authority.server_identity([*names, *([] if host in ("0.0.0.0", "::") else [host])])
         self._broker = start_mosquitto(
             program,
@@ -155,6 +156,12 @@ class Guard:
             ),
         )
         return self._broker
+
+    def sign_bundles(self, run: Path) -> None:
+        """Sign what the agents of a run are given: its bundle, and the narrower ones of a family."""
+        sign = self.authority.signer()
+        for manifest in sorted(run.glob("bundle*/manifest.json")):
+            sign_bundle(manifest.parent, sign)
 
     def link(self, topics: Topics) -> "tuple[MqttLink, SayingLink]":
         """Return the coordinator's connection, and the link over it that signs what it says."""
@@ -236,3 +243,14 @@ class Guard:
         beside = self._rules.with_suffix(".new")
         beside.write_text(access_rules(self._namespace, shut_out=self.shut_out), encoding="utf-8")
         beside.replace(self._rules)
+
+
+def _mosquitto() -> Path:
+    program = find_mosquitto()
+    if program is None:
+        raise BrokerError(
+            "A protected broker needs mosquitto, which is not installed: amqtt knows neither revocation "
+            "lists nor rights by certificate.",
+            hint="Install mosquitto 2, stay on the loopback, or say --insecure in a network of your own.",
+        )
+    return program

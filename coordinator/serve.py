@@ -32,6 +32,7 @@ def serve_run(
     connect: Callable[[Topics], tuple[MqttLink, Link]] | None = None,
     on_commit: Callable[[RoundRecord, float | None], None] = lambda record, loss: None,
     on_idle: Callable[[Service], None] = lambda service: None,
+    web: tuple[int, bool] | None = None,
     farewell_s: float = 20.0,
 ) -> dict[str, Any]:
     """Run what is left of a run's rounds over a broker, and return how it ended.
@@ -42,6 +43,7 @@ def serve_run(
         connect: Returns the connection to use instead, and the link over it.
         on_commit: Called after every record that is on the disk.
         on_idle: Called a few times a second.
+        web: Port of the web server that hands out the checkpoint, and whether it wants certificates.
         farewell_s: How long to wait for the agents' last word.
 
     Raises:
@@ -88,6 +90,7 @@ def serve_run(
             narrower=[one.identity for one in read_family(bundle.folder)[:-1]],
             privacy=privacy_of(experiment),
             checkpoint=run / CHECKPOINT,
+            web=web,
             on_commit=on_commit,
             on_idle=idle,
         )

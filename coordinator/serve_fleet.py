@@ -15,13 +15,13 @@ from coordinator.authority import Authority
 from coordinator.broker import Broker, open_broker
 from coordinator.enrolment import add_enrolment, server_context
 from coordinator.guard import Guard, connect, is_beyond_loopback
+from coordinator.rebuild import CHECKPOINT
 from coordinator.serve import serve_run
 from coordinator.service import Service
-from coordinator.web import WebServer
-from edge_agent.bundle import sign_bundle
+from coordinator.web import Request, WebServer
 from edge_agent.wire import RoundRecord
 
-__all__ = ["Address", "serve_fleet"]
+__all__ = ["Address", "Shelf", "serve_fleet"]
 
 
 @dataclass(frozen=True)
@@ -64,16 +64,21 @@ def serve_fleet(
         guard: Guard | None = None
         if authority is not None:
             guard = Guard(Authority.create(authority), run)
-            sign_bundle(run / "bundle", guard.authority.signer())
+            guard.sign_bundles(run)
             broker = stack.enter_context(guard.start(run, host=address.host, port=address.broker_port))
             web = stack.enter_context(_web(guard.authority, address))
             lines = _secured(broker, web, guard.authority, address)
         else:
             broker = stack.enter_context(open_broker(run, host=address.host, port=address.broker_port))
+            web = stack.enter_context(WebServer(host=address.host, port=address.web_port))
             lines = [f"broker: {broker.kind}, {broker.agents_url} (in the clear, open to everybody)"]
+        shelf = Shelf(run / CHECKPOINT)
+        web.add_get("/snapshots/", shelf)
         on_ready(lines)
 
         def on_idle(service: Service) -> None:
+            stored = service.late.stored
+            shelf.sha256 = "" if stored is None else stored.sha256.hex()
             if not broker.alive():
                 broker.restart()
             if guard is not None:
@@ -85,7 +90,27 @@ def serve_fleet(
             connect=lambda topics: connect(broker, topics, guard),
             on_commit=on_commit,
             on_idle=on_idle,
+            web=(web.port, guard is not None),
         )
+
+
+class Shelf:
+    """Hands out the checkpoint to whoever knows its hash; it is replaced while the run goes on.
+
+    Args:
+        path: The file.
+
+    Attributes:
+        sha256: Of the file that is there now; empty for none.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.sha256 = ""
+        self._path = path
+
+    def __call__(self, request: Request) -> Path | None:
+        """Return the file, if it is the one that is asked for."""
+        return self._path if self.sha256 and request.rest == self.sha256 else None
 
 
 def _web(authority: Authority, address: Address) -> WebServer:

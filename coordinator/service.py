@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.actions import Action, Announce, Commit, Late, Uncover
+from coordinator.catch_up import CatchUp
 from coordinator.rounds import Rounds
 from coordinator.scalar_log import ScalarLog
 from coordinator.status import read_status
@@ -20,18 +21,13 @@ from edge_agent.link import Connected, Link, Message
 from edge_agent.masked_wire import is_masked
 from edge_agent.replay import Replica
 from edge_agent.roster import pack_names
-from edge_agent.state import replica_bytes, save_replica
 from edge_agent.topics import Topics, shard_of
-from edge_agent.wire import MAX_MESSAGE, Reply, RoundRecord, Slice, SliceRequest, Snapshot, decode, encode
+from edge_agent.wire import Reply, RoundRecord, SliceRequest, decode, encode
 from profiles.errors import StateError, WireError
 
 __all__ = ["Service"]
 
 _TICK_S = 0.25
-_SLICE_BYTES = 200_000
-_SLICE_RECORDS = 512
-_SLICE_BURST = 64.0
-_SLICES_A_SECOND = 4.0
 _LONGEST_PUMP_S = 0.25
 _REPEAT_S = 1.0
 _OWN = 64
@@ -50,6 +46,8 @@ class Service:
         rounds: The state machine, not yet started.
         agents: Names of the fleet in the order of their numbers.
         bundle_identity: What the agents must have.
+        web: Port of the web server that hands out the checkpoint, and whether it wants certificates; None for
+            none.
         masked: Whether only the sum of the replies is to be read.
         narrower: Identities of the narrower bundles of a family, the narrowest first.
         privacy: What every agent does to its scalars: ``clip`` and ``noise``; None for nothing.
@@ -62,6 +60,7 @@ class Service:
         clock: Monotonic seconds.
 
     Attributes:
+        late: What late agents get.
         statuses: Last status of each agent, by name.
         traffic: Bytes that each agent process counted, and its ``rounds``, by name and process id.
         dropped: Count of messages that changed nothing, by reason, beside those of ``rounds``.
@@ -76,6 +75,7 @@ class Service:
         rounds: Rounds,
         agents: Sequence[str],
         bundle_identity: str,
+        web: tuple[int, bool] | None = None,
         masked: bool = False,
         narrower: Sequence[str] = (),
         privacy: Mapping[str, float] | None = None,
@@ -97,17 +97,20 @@ class Service:
         self._numbers = {name: number for number, name in enumerate(agents)}
         self._roster = pack_names(agents)
         self._bundle_identity = bundle_identity
-        self._identities = [*narrower, bundle_identity]
         self._privacy = privacy
         self._veils = Veils(topics.run, len(agents)) if masked else None
         if masked:
             rounds.unready = set(range(len(agents)))
         self._shards = shards
-        self._checkpoint = checkpoint
+        self.late = CatchUp(
+            log,
+            run=topics.run,
+            epoch=rounds.epoch,
+            identities=[*narrower, bundle_identity],
+            checkpoint=checkpoint,
+            web=web,
+        )
         self._checkpoint_every = checkpoint_every
-        self._snapshots: dict[
-            int, tuple[int, bytes]
-        ] = {}  # by level: the round it stands before, the message
         self._on_commit = on_commit
         self._on_idle = on_idle
         self._clock = clock
@@ -123,7 +126,6 @@ class Service:
         self._own: deque[bytes] = deque(maxlen=_OWN)  # what we said lately, which may still come back to us
         self._foreign = False
         self._repeated_at = 0.0
-        self._slices: dict[str, tuple[float, float]] = {}  # by agent: tokens left, and when that was
 
     def run(self, *, stop: Callable[[], bool], farewell_s: float = 20.0) -> None:
         """Serve until all rounds are closed and every agent that is there has caught up, or told to stop.
@@ -328,21 +330,10 @@ class Service:
         self._on_commit(action.record, action.loss)
 
     def _take_snapshot(self) -> None:
-        """Keep the replica as it is, on the disk and, where a message can hold it, for late joiners."""
-        replica, run = self._rounds.replica, self._topics.run
-        if self._checkpoint is not None:
-            try:
-                save_replica(self._checkpoint, replica, bundle_identity=self._bundle_identity, run=run)
-            except StateError as error:
-                self._tell("checkpoint failed", "", str(error), stranger=False)
-        for level, identity in enumerate(self._identities):
-            one = replica.at_level(level) if replica.stops else replica
-            if one.weights.nbytes < MAX_MESSAGE:
-                message = encode(
-                    Snapshot(self._rounds.epoch, replica_bytes(one, bundle_identity=identity, run=run))
-                )
-                if len(message) <= MAX_MESSAGE:
-                    self._snapshots[level] = (replica.round, message)
+        try:
+            self.late.take_snapshot(self._rounds.replica)
+        except StateError as error:
+            self._tell("checkpoint failed", "", str(error), stranger=False)
 
     def _tell(self, kind: str, name: str, text: str, *, stranger: bool) -> None:
         """Note an event for people: all of them at first, then ever fewer of what anybody can cause."""
@@ -466,29 +457,11 @@ class Service:
         if not isinstance(message, SliceRequest) or message.first > len(self._log):
             self._drop("not a request", name)
             return
-        if not self._may_have_slice(name, now):
+        if not self.late.may_ask(name, now):
             self._drop("requests too often", name)
             return
-        round_, snapshot = self._snapshots.get(self._rounds.levels[self._numbers[name]], (0, b""))
-        if message.first < round_ and len(snapshot) < self._log.bytes_between(message.first, round_):
-            self._link.publish(self._topics.answer(name), snapshot)
-            return
-        records: list[RoundRecord] = []
-        size = 0
-        for record in self._log.records(message.first, message.first + _SLICE_RECORDS):
-            records.append(record)
-            size += 64 + record.scalars.nbytes
-            if size >= _SLICE_BYTES:
-                break
-        answer = Slice(self._rounds.epoch, message.first, tuple(records))
-        self._link.publish(self._topics.answer(name), encode(answer))
-
-    def _may_have_slice(self, name: str, now: float) -> bool:
-        """Take a token from the agent's bucket, if there is one: a short question has a long answer."""
-        tokens, at = self._slices.get(name, (_SLICE_BURST, now))
-        tokens = min(_SLICE_BURST, tokens + _SLICES_A_SECOND * (now - at))
-        self._slices[name] = (max(0.0, tokens - 1.0), now)
-        return tokens >= 1.0
+        level = self._rounds.levels[self._numbers[name]]
+        self._link.publish(self._topics.answer(name), self.late.answer(name, message.first, level=level))
 
     def _drop(self, reason: str, name: str, text: str = "") -> None:
         self.dropped[reason] += 1

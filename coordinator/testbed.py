@@ -24,7 +24,7 @@ from coordinator.control import Control
 from coordinator.evaluation import Evaluator, judge_widths
 from coordinator.experiment import Experiment
 from coordinator.family import deal_levels, folders_of, read_family
-from coordinator.guard import Guard, connect, guard_of
+from coordinator.guard import Guard, connect, guard_of, needs_guard
 from coordinator.health import Health
 from coordinator.ledger import Ledger
 from coordinator.local_fleet import local_fleet
@@ -40,7 +40,7 @@ from coordinator.rounds import Rounds
 from coordinator.scalar_log import ScalarLog
 from coordinator.service import Service
 from coordinator.summary import write_summary
-from edge_agent.bundle import Bundle, read_bundle, sign_bundle
+from edge_agent.bundle import Bundle, read_bundle
 from edge_agent.data import Samples, load_samples, to_inputs
 from edge_agent.optimizer import METHODS
 from edge_agent.replay import Replica
@@ -83,6 +83,7 @@ def run_testbed(experiment: Experiment, *, out: Path, resume: bool, observer: Ob
         observer.stage(f"going on with {out}")
     else:
         _refuse_existing(out)
+        needs_guard(experiment.broker)
         prepare(experiment, out, observer=observer)
     test = load_samples(experiment.data.path, "test")
     bundle = read_bundle(out / "bundle")
@@ -90,7 +91,7 @@ def run_testbed(experiment: Experiment, *, out: Path, resume: bool, observer: Ob
         try:
             guard = guard_of(experiment.broker, out)
             if guard is not None:
-                sign_bundle(out / "bundle", guard.authority.signer())
+                guard.sign_bundles(out)
                 broker = guard.start(out, host=experiment.broker.listen, port=experiment.broker.port)
             else:
                 choice = experiment.broker

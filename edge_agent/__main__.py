@@ -1,6 +1,7 @@
 """The agent process: options, the link, the samples, and the loop that feeds the state machine."""
 
 import argparse
+import contextlib
 import io
 import json
 import logging
@@ -14,6 +15,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from edge_agent.admission import Renewal, admit
 from edge_agent.agent import Agent, Report
@@ -23,12 +25,14 @@ from edge_agent.commands import Commands
 from edge_agent.credentials import Credentials, client_context
 from edge_agent.data import Samples, load_samples, to_inputs
 from edge_agent.estimator import Estimate
+from edge_agent.fetch import fetch
 from edge_agent.footprint import give_back
 from edge_agent.forward import Forward
 from edge_agent.heartbeat import Heartbeat
 from edge_agent.link import Connected, Disconnected, Link, Message, MqttLink
 from edge_agent.masked_wire import Unmask, decode_masked, encode_masked, is_masked
 from edge_agent.measure import forward_for, measure
+from edge_agent.offer import decode_offer, is_offer
 from edge_agent.replay import Replica
 from edge_agent.seal import HearingLink
 from edge_agent.state import load_replica, read_replica, save_replica
@@ -36,7 +40,7 @@ from edge_agent.telemetry import read_telemetry
 from edge_agent.topics import Topics, is_name, shard_of
 from edge_agent.veil import Veil
 from edge_agent.wire import Reply, RoundOpen, SliceRequest, encode
-from profiles.errors import ConfigError, ScalarfedError, StateError, WireError
+from profiles.errors import ConfigError, FetchError, ScalarfedError, StateError, WireError
 from profiles.limit import Enforcement, enforce
 from profiles.memory import current_rss_mib, peak_rss_mib, pss_mib
 
@@ -238,6 +242,8 @@ class _Process:
             self.commands.obey(event.payload)
             self.status_at = 0.0
             outgoing = []
+        elif is_offer(event.payload):
+            outgoing = self._fetch_snapshot(event.payload, now)
         elif self.veil is not None and is_masked(event.payload):
             outgoing = self._tell_masks(link, self.veil, event.payload)
         else:
@@ -287,6 +293,38 @@ class _Process:
             if self.agent.shards:
                 self.heart.join(f"in run {self.options.run} as {name}")
             self._publish_status(link)
+
+    def _fetch_snapshot(self, payload: bytes, now: float) -> list[Reply | SliceRequest | Report]:
+        """Fetch a replica that is too large for a message, if it was asked for."""
+        if self.state_path is None or not self.agent.wants_records:
+            return []
+        mine, path = self.credentials, self.state_path.with_name("snapshot")
+        try:
+            offer = decode_offer(payload)
+            tls = None if mine is None else client_context(mine.ca, mine.certificate, mine.key)
+            if offer.secured is (tls is None):
+                raise FetchError("the snapshot is offered in the clear, or wants a certificate")
+            url = offer.url(urlsplit(self.options.broker).hostname or "")
+            _LOG.info("fetching the replica of round %d, %d bytes, from %s", offer.round, offer.size, url)
+            fetch(
+                url,
+                path,
+                sha256=offer.sha256.hex(),
+                size=offer.size,
+                tls=tls,
+                attempts=3,
+                on_bytes=lambda _: self.heart.progress(),
+            )
+            found = load_replica(
+                path, self.bundle.replica(), bundle_identity=self.bundle.identity, run=self.options.run
+            )
+        except (WireError, FetchError, StateError) as error:
+            _LOG.warning("%s; asking for records", error)
+            return []
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink()
+        return self.agent.adopt(found, now)
 
     def _tell_masks(self, link: Link, veil: Veil, payload: bytes) -> list[Reply | SliceRequest | Report]:
         """Tell what undoes the masks of a round, if that does not say too much."""

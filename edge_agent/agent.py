@@ -110,6 +110,27 @@ class Agent:
         return self._number
 
     @property
+    def wants_records(self) -> bool:
+        """Whether it asked for records and waits for them."""
+        return self._asked_at is not None
+
+    def adopt(self, found: Replica | None, now: float) -> list[Reply | SliceRequest | Report]:
+        """Put a replica that was fetched in this one's place, if it was asked for and leads further.
+
+        Args:
+            found: Of this bundle and run, its digest checked; None where there is none.
+            now: Seconds on a monotonic clock.
+        """
+        if found is None or self._asked_at is None or found.round <= self.replica.round:
+            self.dropped["snapshot refused"] += 1
+            return []
+        self.replica = found
+        self._reply = None
+        self._asked_at = None
+        self._followed_epoch = self._epoch
+        return self._advance(now)
+
+    @property
     def epoch(self) -> int:
         """The highest epoch heard of."""
         return self._epoch

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import paho.mqtt.client as mqtt
 from paho.mqtt.enums import CallbackAPIVersion
 
+from edge_agent.mqtt_client import BufferedClient
 from profiles.errors import BrokerError
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ class MqttLink:
         self._taken_bytes = 0
         self._sent: deque[mqtt.MQTTMessageInfo] = deque()
         host, port = _address(url, secured=tls is not None)
-        self._client = mqtt.Client(
+        self._client = BufferedClient(
             CallbackAPIVersion.VERSION2, client_id=client_id, clean_session=True, protocol=mqtt.MQTTv311
         )
         self._client.max_queued_messages_set(1000)

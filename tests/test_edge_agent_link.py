@@ -10,6 +10,7 @@ import time
 import pytest
 
 from edge_agent.link import Connected, Disconnected, MemoryBroker, MemoryLink, Message, MqttLink
+from edge_agent.mqtt_client import BufferedSocket
 from profiles.errors import BrokerError
 
 MOSQUITTO = shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin")
@@ -239,3 +240,56 @@ def test_a_flood_waits_at_the_broker(mosquitto):
     finally:
         flooded.close()
         flooder.close()
+
+
+class Wire:
+    """A socket whose network takes so many bytes at a time and hands out what it was given."""
+
+    def __init__(self, arrived: bytes = b"", takes: int = 3) -> None:
+        self.arrived, self.takes = bytearray(arrived), takes
+        self.sent = bytearray()
+        self.reads = 0
+
+    def recv(self, size):
+        self.reads += 1
+        if not self.arrived:
+            raise BlockingIOError
+        piece = bytes(self.arrived[:size])
+        del self.arrived[:size]
+        return piece
+
+    def send(self, data):
+        if not self.takes:
+            raise BlockingIOError
+        taken = bytes(data[: self.takes])
+        self.sent += taken
+        return len(taken)
+
+
+def test_a_buffered_socket_reads_ahead():
+    """Byte by byte out of one read; what is left can be asked for, and an empty network says so."""
+    wire = Wire(b"abcdef")
+    sock = BufferedSocket(wire)
+    assert sock.recv(1) + sock.recv(1) == b"ab"
+    assert (sock.ahead(), sock.pending(), wire.reads) == (4, 4, 1)
+    assert sock.recv(10) == b"cdef"
+    with pytest.raises(BlockingIOError):
+        sock.recv(1)
+
+
+def test_a_corked_socket_sends_all_together_and_loses_nothing():
+    """Held back, then sent in order, however little the network takes and when."""
+    wire = Wire(takes=0)
+    sock = BufferedSocket(wire)
+    sock.cork()
+    assert [sock.send(b"one"), sock.send(b"two")] == [3, 3]
+    sock.uncork()
+    assert sock.holds
+    sock.cork()
+    sock.send(b"three")
+    wire.takes = 4
+    sock.uncork()
+    assert not sock.holds
+    assert bytes(wire.sent) == b"onetwothree"
+    assert sock.send(b"four") == 4
+    assert bytes(wire.sent) == b"onetwothreefour"

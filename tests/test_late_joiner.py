@@ -156,7 +156,7 @@ def test_a_late_joiner_after_five_thousand_rounds_is_there_within_ten_seconds(tm
         )
         service.start()
         if not checkpoints:
-            service._snapshot = None
+            service.late._snapshots.clear()
         link = MemoryLink(broker)
         agent = Agent(
             name="late",

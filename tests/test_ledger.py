@@ -293,7 +293,7 @@ def test_a_reply_from_more_samples_than_were_given_is_refused(tmp_path):
     opened = fleet.rounds._open
     assert opened.message.batch_of(0) == 10
     scalars = np.ones(4, np.float32)
-    reply = Reply(fleet.rounds.epoch, 1, 0, 16, 1.0, 1, opened.digests[0], scalars)
+    reply = Reply(fleet.rounds.epoch, 1, 0, 16, 1.0, 1, opened.digests[-1], scalars)
     fleet.rounds.on_reply(0, reply, fleet.now)
     assert fleet.rounds.dropped["wrong number of samples"] == 1
 

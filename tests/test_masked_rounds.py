@@ -201,7 +201,7 @@ def test_an_open_reply_is_refused_in_a_masked_run(tmp_path):
 
 def plain_reply(fleet) -> bytes:
     opened = fleet.rounds._open
-    return encode(Reply(fleet.rounds.epoch, 1, 0, 16, 1.0, 1, opened.digests[0], np.ones(4, np.float32)))
+    return encode(Reply(fleet.rounds.epoch, 1, 0, 16, 1.0, 1, opened.digests[-1], np.ones(4, np.float32)))
 
 
 class Cohort:

@@ -2,6 +2,7 @@
 
 import json
 import queue
+import shutil
 import stat
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from coordinator.authority import Authority
 from coordinator.broker import find_mosquitto
 from coordinator.config import load_experiment
+from coordinator.guard import Guard
 from coordinator.progress import Silence
 from coordinator.simulate import simulate
 from edge_agent.bundle import SIGNATURE, check_signed, flat_layout, read_bundle, sign_bundle, write_bundle
@@ -105,6 +107,16 @@ def test_a_tampered_bundle_is_refused(bundle, signer, what):
 
     with pytest.raises(SecurityError, match="was not signed"):
         check_signed(read_bundle(bundle), key)
+
+
+def test_all_bundles_of_a_run_are_signed(tmp_path, bundle):
+    """Where boards hold nets of several widths, each of their bundles is signed."""
+    shutil.copytree(bundle, tmp_path / "bundle-0")
+    guard = Guard(Authority.create(tmp_path / "authority"), tmp_path)
+    guard.sign_bundles(tmp_path)
+
+    for folder in (bundle, tmp_path / "bundle-0"):
+        check_signed(read_bundle(folder), bytes.fromhex(guard.authority.signing_key))
 
 
 def test_a_message_is_no_bundle(bundle, signer):
