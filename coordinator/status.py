@@ -41,6 +41,7 @@ _TELEMETRY = (
     ),
     *("load_1min", "uptime_s", "disk_free_mib"),
 )
+_MEASURED = ("fp32_gflops", "bandwidth_gbs", "ram_mib", "cores", "clock_ghz", "temperature_c")
 _THROTTLING = ("throttled", "throttled_since_boot")
 _LONGEST_TEXT = 200
 _MOST_TEXTS = 8
@@ -73,6 +74,9 @@ def read_status(payload: bytes) -> dict[str, Any]:
             status[key] = _number(key, found[key])
     if "traffic" in found:
         status["traffic"] = {key: _whole(key, _table(found["traffic"]).get(key)) for key in TRAFFIC}
+    if "measured" in found:
+        measured = _table(found["measured"])
+        status["measured"] = {key: _number(key, measured[key]) for key in _MEASURED if key in measured}
     if "telemetry" in found:
         status["telemetry"] = _telemetry(_table(found["telemetry"]))
     if "dropped" in found:

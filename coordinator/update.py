@@ -52,7 +52,7 @@ class Outcome:
 
 
 class Room(Protocol):
-    """A link to one run's boards; opened and closed by whoever makes it."""
+    """A link to boards; opened and closed by whoever makes it."""
 
     def tell(self, name: str, payload: bytes) -> None:
         """Leave a command for a board; an empty one takes it back."""
@@ -65,8 +65,7 @@ class Updater:
     """Offers releases to boards and waits for what becomes of them.
 
     Args:
-        room: Of the run in which the boards are.
-        beyond: Of the run into which an offer takes them, where that is another one.
+        room: Where the boards are, and where they will be.
         clock: Seconds, monotonic.
         tick: Told of each change.
     """
@@ -75,11 +74,10 @@ class Updater:
         self,
         room: Room,
         *,
-        beyond: Room | None = None,
         clock: Callable[[], float] = time.monotonic,
         tick: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self._rooms = [room, *([beyond] if beyond else [])]
+        self._room = room
         self._clock = clock
         self._tick = tick
 
@@ -108,44 +106,45 @@ class Updater:
         ends: dict[str, Outcome] = {}
         last: dict[str, str] = {}
         for name, offer in offers.items():
-            self._rooms[0].tell(name, offer.to_json())
+            self._room.tell(name, offer.to_json())
         try:
             deadline = self._clock() + within_s
             while len(ends) < len(offers) and self._clock() < deadline:
-                for room in self._rooms:
-                    status = room.hear(0.2)
-                    name = str(status["name"]) if status else ""
-                    if status is None or name not in offers or name in ends:
-                        continue
-                    state, said = str(status.get("update_state", "")), str(status.get("update", ""))
-                    if status.get("update_number") != offers[name].number:
-                        continue
-                    if said and last.get(name) != said:
-                        last[name] = said
-                        self._tick(f"{name}: {state}: {said}")
-                    if state in _BAD or (state in _WELL and status["state"] in _JOINED):
-                        ends[name] = Outcome(name, state, said)
+                status = self._room.hear(0.2)
+                name = str(status["name"]) if status else ""
+                if status is None or name not in offers or name in ends:
+                    continue
+                state, said = str(status.get("update_state", "")), str(status.get("update", ""))
+                if status.get("update_number") != offers[name].number:
+                    continue
+                if said and last.get(name) != said:
+                    last[name] = said
+                    self._tick(f"{name}: {state}: {said}")
+                if state in _BAD or (state in _WELL and status["state"] in _JOINED):
+                    ends[name] = Outcome(name, state, said)
         finally:
             for name in offers:
-                self._rooms[0].tell(name, b"")
+                self._room.tell(name, b"")
         return [ends.get(name) or Outcome(name, "silent", last.get(name, "")) for name in offers]
 
 
 class MqttRoom:
-    """A run's boards over a broker.
+    """Boards over a broker, by one connection: a broker with TLS gives the operator no second one.
 
     Args:
         broker: Its address.
         namespace: First level of all topics.
-        run: The run.
+        run: The run in which commands reach the boards.
+        also: Further runs in which they may be heard.
     """
 
-    def __init__(self, broker: str, *, namespace: str, run: str) -> None:
+    def __init__(self, broker: str, *, namespace: str, run: str, also: Sequence[str] = ()) -> None:
         self._topics = Topics(namespace, run)
         self._link = MqttLink(
             broker, client_id=f"{run}-updater-{time.monotonic_ns() % 1_000_000_000}", tls=operator_tls(broker)
         )
-        self._link.subscribe(self._topics.status("+"))
+        for one in dict.fromkeys([run, *also]):
+            self._link.subscribe(Topics(namespace, one).status("+"))
         deadline = time.monotonic() + 10
         while not isinstance(event := self._link.receive(0.2), Connected):
             if isinstance(event, Disconnected) or time.monotonic() > deadline:

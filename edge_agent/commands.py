@@ -53,6 +53,7 @@ class Commands:
         self._leds, self._fetch = leds, fetch
         self._thread: threading.Thread | None = None
         self._waiting: Offer | None = None
+        self._measured = _measured(state)
         self._outcome_before = self._outcome()
         self._fares: tuple[str, int, str] = self._outcome_before
 
@@ -64,7 +65,7 @@ class Commands:
         except OSError:
             return ""
 
-    def status(self) -> dict[str, str | int]:
+    def status(self) -> dict[str, object]:
         """Return what belongs into a status: what the board is, its release, how the last command fares."""
         outcome = self._outcome()
         if outcome != self._outcome_before:  # root has written down what became of it
@@ -76,6 +77,7 @@ class Commands:
         return {
             "machine": machine,
             "python": python,
+            "measured": self._measured,
             "release": self.release,
             "update": "".join(letter if letter.isprintable() else " " for letter in said)[:200],
             "update_state": word,
@@ -202,6 +204,15 @@ class Commands:
             return word, int(number), said
         except (OSError, ValueError):
             return "", 0, ""
+
+
+def _measured(state: Path) -> dict[str, float]:
+    """Return what the installer has measured of this board; empty where it has not."""
+    try:
+        told = json.loads((state / "measured.json").read_text(encoding="ascii"))
+        return {str(key): float(value) for key, value in told.items()}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return {}
 
 
 def _here() -> tuple[str, str]:

@@ -1,6 +1,6 @@
 """Measures the machine it runs on, in about five seconds, so that estimates in its profile can go.
 
-What an agent does at its first join, and ``scalarfed profile measure`` on demand. Needs numpy, onnxruntime
+What a board does when it is installed, and ``scalarfed profile measure`` on demand. Needs numpy, onnxruntime
 and psutil, which every agent has; they are imported when a measurement starts. Holds about 40 MiB meanwhile.
 Knows nothing of what the figures are used for.
 """
@@ -8,16 +8,18 @@ Knows nothing of what the figures are used for.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import platform
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from profiles.device import FIGURES, Figure, Profile
 from profiles.errors import ProfileError
 
-__all__ = ["measure", "profile_of_this_machine", "temperature_c", "with_measurements"]
+__all__ = ["main", "measure", "profile_of_this_machine", "temperature_c", "with_measurements"]
 
 _SOURCE = "scalarfed profile measure"
 _SIDE = 768
@@ -175,3 +177,17 @@ def _system() -> str:
         return platform.freedesktop_os_release()["PRETTY_NAME"]
     except (OSError, KeyError):
         return f"{platform.system()} {platform.release()}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure into a file: ``python -m profiles.selftest FILE [SECONDS]``; return 0."""
+    path, *seconds = sys.argv[1:] if arguments is None else arguments
+    found = measure(seconds=float(seconds[0]) if seconds else 5.0)
+    beside = Path(f"{path}.new")
+    beside.write_text(json.dumps(found) + "\n", encoding="ascii")
+    beside.replace(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -16,7 +16,7 @@ from coordinator.actions import Terms
 from coordinator.authority import Authority
 from coordinator.broker import find_mosquitto, start_amqtt, start_mosquitto
 from coordinator.enrolment import add_enrolment, server_context
-from coordinator.flash.payload import REQUIREMENTS, Payload, Target, make_payload
+from coordinator.flash.payload import REQUIREMENTS, Payload, Target, kernel_path, make_payload
 from coordinator.flash.settings import Credentials, Settings
 from coordinator.guard import Guard
 from coordinator.rounds import Rounds
@@ -25,6 +25,7 @@ from coordinator.service import Service
 from coordinator.web import WebServer
 from edge_agent.bundle import read_bundle
 from edge_agent.link import Link, MqttLink
+from edge_agent.native.kernel import find_kernel
 from edge_agent.topics import Topics
 from tests.fleet import plan_of
 from tests.made_run import make_replayable_run
@@ -48,8 +49,11 @@ def make_data(path: Path) -> Path:
 
 
 def make_cache(folder: Path, *targets: Target, size: int = 2000) -> Path:
-    """Return a cache of wheels that holds one small wheel per target, as if fetched."""
+    """Return a cache of wheels that holds one small wheel per target, as if fetched, and stand-in kernels."""
     for target in targets:
+        kernel = kernel_path(target.arch, cache=folder)
+        kernel.parent.mkdir(parents=True, exist_ok=True)
+        kernel.write_bytes(b"a kernel")
         known = hashlib.sha256("\n".join(REQUIREMENTS).encode()).hexdigest()[:8]
         inner = folder / f"{target.arch}-cp{target.python.replace('.', '')}-{known}"
         inner.mkdir(parents=True)
@@ -69,6 +73,10 @@ def make_real_cache(folder: Path, target: Target, *, change: str = "") -> Path:
     known = hashlib.sha256("\n".join(REQUIREMENTS).encode()).hexdigest()[:8]
     inner = folder / f"{target.arch}-cp{target.python.replace('.', '')}-{known}"
     inner.mkdir(parents=True, exist_ok=True)
+    kernel = kernel_path(target.arch, cache=folder)
+    if not kernel.exists() and (own := find_kernel()):
+        kernel.parent.mkdir(parents=True, exist_ok=True)
+        kernel.write_bytes(own.file.read_bytes())
     with zipfile.ZipFile(inner / "lent-1.0-py3-none-any.whl", "w") as wheel:
         wheel.writestr(zipfile.ZipInfo("lent.pth"), sysconfig.get_path("purelib") + "\n")
         wheel.writestr(zipfile.ZipInfo("change.pth"), f"import sys; {change or 'pass'}\n")
@@ -144,7 +152,10 @@ class InstalledBoard:
                 self._agent.kill()
 
     def _sh(self, script: Path, *words: str) -> None:
-        done = subprocess.run(["sh", str(script), *words], capture_output=True, text=True, check=False)
+        env = os.environ | {"SCALARFED_MEASURE_S": "0.1"}
+        done = subprocess.run(
+            ["sh", str(script), *words], capture_output=True, text=True, env=env, check=False
+        )
         self.said += done.stdout + done.stderr
         assert done.returncode == 0, done.stdout + done.stderr
 

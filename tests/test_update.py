@@ -383,6 +383,7 @@ def board(tmp_path, monkeypatch):
 def test_an_update_is_taken_and_a_bad_one_given_back(board, capsys):
     """A new release is fetched, checked, installed and joins; one that never joins is given back."""
     first = board.release
+    assert board.coordinator.statuses["pi-1"]["measured"]["fp32_gflops"] > 0  # as the installer found it
     make_real_cache(board.cache, board.target, change="sys.second = True")
     assert main(["update", "--wait", "90"]) == 0, capsys.readouterr().out
     second = board.release

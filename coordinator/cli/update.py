@@ -75,17 +75,13 @@ def update(
         sign_bundle(bundle, Authority(default_folder()).signer())
     then = run or (run_of_bundle(bundle) if bundle is not None else now)
     with contextlib.ExitStack() as stack:
-        room = MqttRoom(url, namespace=namespace, run=now)
-        stack.callback(room.close)
-        beyond = None
-        if then != now:
-            beyond = MqttRoom(url, namespace=namespace, run=then)
-            stack.callback(beyond.close)
         kinds = _kinds(boards, url, namespace, now)
         payloads = _payloads(sorted(set(kinds.values())), bundle, then if bundle is not None else "")
         host = address or _host_of(url)
         offers = stack.enter_context(_offers(payloads, kinds, host, port, server_tls(url, host)))
-        updater = Updater(room, beyond=beyond, tick=lambda text: typer.echo(f"  {text}"))
+        room = MqttRoom(url, namespace=namespace, run=now, also=[then])
+        stack.callback(room.close)
+        updater = Updater(room, tick=lambda text: typer.echo(f"  {text}"))
         outcomes = updater.roll_out(offers, canaries=canary, within_s=wait)
     _conclude(outcomes, {board.name: board for board in boards}, offers, then)
 

@@ -34,6 +34,7 @@ __all__ = [
     "board_kernel",
     "cache_folder",
     "fetch_wheels",
+    "kernel_path",
     "make_payload",
     "make_update",
     "own_wheel",
@@ -158,11 +159,9 @@ def board_kernel(arch: str, *, cache: Path | None = None) -> bytes | None:
 
     Args:
         arch: As ``uname -m`` says there.
-        cache: Where it is kept; beside :func:`cache_folder` where left out.
+        cache: Of the wheels, beside which it is kept; :func:`cache_folder` where left out.
     """
-    sources = sorted(path for path in SOURCES.iterdir() if path.suffix in (".c", ".h"))
-    told = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:8]
-    kept = (cache or cache_folder().parent / "kernels") / f"{arch}-{told}.so"
+    kept = kernel_path(arch, cache=cache)
     if not kept.is_file():
         compiler = _compiler_for(arch)
         if not compiler:
@@ -174,6 +173,13 @@ def board_kernel(arch: str, *, cache: Path | None = None) -> bytes | None:
     found = kept.read_bytes()
     needs = max((int(minor) for minor in re.findall(rb"GLIBC_2\.(\d+)", found)), default=0)
     return found if needs <= _OLDEST_GLIBC else None
+
+
+def kernel_path(arch: str, *, cache: Path | None = None) -> Path:
+    """Return where the kernel of these sources is kept for a processor; it need not be there."""
+    sources = sorted(path for path in SOURCES.iterdir() if path.suffix in (".c", ".h"))
+    told = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:8]
+    return (cache or cache_folder()).parent / "kernels" / f"{arch}-{told}.so"
 
 
 def _compiler_for(arch: str) -> list[str]:
@@ -283,7 +289,7 @@ def make_update(
 def _release(target: Target, cache: Path | None) -> tuple[dict[str, bytes], str]:
     """Return the files that are the same for every board of a kind, and the release's name."""
     wheels = {wheel.name: wheel.read_bytes() for wheel in fetch_wheels(target, cache=cache)}
-    name, own = own_wheel(target.arch)
+    name, own = own_wheel(target.arch, cache=cache)
     wheels[name] = own
     digest = hashlib.sha256("".join(_sha256(wheels[key]) for key in sorted(wheels)).encode()).hexdigest()
     release = f"{name.split('-')[1]}-{digest[:8]}"

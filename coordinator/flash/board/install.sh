@@ -99,6 +99,13 @@ if [ ! -f "$opt/releases/$release/complete" ]; then
   : >"$opt/releases/$release/complete"
 fi
 
+# --- what the board can do, measured once, while nothing of ours runs yet
+if [ ! -f "$var/measured.json" ]; then
+  "$opt/releases/$release/venv/bin/python" -I -m profiles.selftest "$var/measured.json" "${SCALARFED_MEASURE_S:-5}" \
+    2>/dev/null || rm -f "$var/measured.json"
+  say "measured: $(cat "$var/measured.json" 2>/dev/null || echo nothing)"
+fi
+
 # --- the board's own: settings, bundle, samples; an update keeps the former ones until it is well
 former=$(readlink "$opt/current" 2>/dev/null || echo)
 changed=no
