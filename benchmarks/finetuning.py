@@ -5,7 +5,7 @@
 
 A net is pretrained on digits as they are by backpropagation (an MLP on 8x8 ones, a LeNet on MNIST's), and
 fine-tuned by a simulated fleet on the same digits shifted to the right. All methods start from the same
-weights, on the same seeds. Printed are rounds to an accuracy on shifted test digits, for every method and rate.
+weights, on the same seeds. Printed are rounds to an accuracy on shifted test digits, per method and rate.
 """
 
 import argparse

@@ -381,7 +381,7 @@ def test_points_that_are_reused_cost_one_forward_each():
 
 
 def test_reused_points_are_unbiased():
-    """The mean of 20,000 steps of P = 5 lies within four standard errors of the gradient in all directions."""
+    """20,000 steps of P = 5 have a mean within four standard errors of the gradient in every direction."""
     gradient, count = np.linspace(-1, 1, 8), 20_000
     z = np.stack([values(replace_key(n), 0, 8) for n in range(5 * count)]).astype(np.float64)
     slopes = (z @ gradient).reshape(count, 5)
