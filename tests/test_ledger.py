@@ -129,7 +129,7 @@ def status(**told):
 
 
 def test_a_slow_board_gets_the_batch_that_it_can_finish():
-    """Of the rate that it measured a board reaches a tenth; it is asked what that does before the deadline."""
+    """Of the rate that it measured a board reaches a tenth, and is asked what that does in time."""
     books = ledger(deadline_s=8e-6)  # 6,400 FLOPs at 0.8 GFLOP/s
     assert fit(books).batches == {}
     books.note_status(0, {"state": "ready", "measured": {"fp32_gflops": 8.0}}, now=0.0)
