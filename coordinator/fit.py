@@ -88,13 +88,14 @@ def fit(bundle: Bundle, profile: Profile, work: Work, *, allowed_mib: float | No
     """
     if work.method not in METHODS:
         raise ConfigError(f"there is no method {work.method!r}; there are {', '.join(METHODS)}")
+    rule = METHODS[work.method]
     cost = Cost.from_dict(bundle.cost, params=bundle.params)
     sample_bytes = 4 * math.prod(bundle.sample_shape) + 8
     prediction = predict_peak_mib(
         cost,
         batch_size=work.batch_size,
-        curvature_bytes_per_param=METHODS[work.method].bytes_per_weight,
-        autodiff=METHODS[work.method].autodiff,
+        curvature_bytes_per_param=rule.bytes_beyond(bundle.params, bundle.groups(rule.group)) / bundle.params,
+        autodiff=rule.autodiff,
         data_bytes=work.samples * sample_bytes,
         graph_bytes=bundle.graph_path.stat().st_size,
     )
