@@ -243,6 +243,17 @@ def test_every_method_has_its_row_in_the_docs():
         assert [word for word in METHODS[name].constants if word not in constants] == []
 
 
+def test_the_tests_that_the_docs_name_are_there():
+    """Each test that docs/methods.md gives for a claim exists."""
+    root = Path(__file__).parent
+    page = (root.parent / "docs" / "methods.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(test_\w+)(?:\[\w+\])?`", page))
+    tests = "".join(path.read_text(encoding="utf-8") for path in root.glob("test_*.py"))
+
+    assert len(named) > 10
+    assert [name for name in sorted(named) if f"def {name}(" not in tests] == []
+
+
 def test_codes_are_never_used_twice():
     """A record's number means one method, and 1 and 2 mean what they always did."""
     codes = [method.code for method in METHODS.values()]
