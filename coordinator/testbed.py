@@ -315,6 +315,7 @@ def ledger_of(experiment: Experiment, bundle: Bundle, log: ScalarLog) -> Ledger:
         [agent.budget for agent in agents],
         lambda work: prices[levels[work.agent] if levels else 0](work),
         today=lambda: datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        deadline_s=experiment.fleet.deadline_s,
         stored=log.accounts(),
     )
 

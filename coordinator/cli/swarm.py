@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from coordinator.cli.parameters import Json
+
 __all__ = ["EXAMPLE", "swarm"]
 
 EXAMPLE = "Example: scalarfed swarm --agents 1000 --rounds 30 --json"
@@ -13,7 +15,7 @@ EXAMPLE = "Example: scalarfed swarm --agents 1000 --rounds 30 --json"
 def swarm(
     agents: Annotated[int, typer.Option(min=1, help="How many agents, each with its own connection.")] = 1000,
     rounds: Annotated[int, typer.Option(min=1, help="How many rounds, after one to warm up.")] = 20,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Json = False,
     broker: Annotated[
         str | None,
         typer.Option(metavar="URL", help="Use a running MQTT broker, mqtt://HOST:PORT.", show_default=False),
