@@ -60,13 +60,11 @@ def compare(batch: int, repeats: int) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as text:
         root = Path(text)
         folders = write_bundles(root)
-        draw = np.random.default_rng(0)
-        np.save(root / "x.npy", draw.standard_normal((batch, *_SHAPE)).astype(np.float32))
-        np.save(root / "y.npy", draw.integers(0, _CLASSES, batch))
+        write_batch(root, batch)
         found: dict[str, list[dict[str, float]]] = {name: [] for name in (*folders, _TORCH)}
         for _ in range(repeats):
             for name, runs in found.items():
-                runs.append(_fresh(root, folders.get(name)))
+                runs.append(measure_fresh(root, folders.get(name)))
         rows = []
         for name, runs in found.items():
             files = folders[name].iterdir() if name in folders else ()
@@ -76,7 +74,14 @@ def compare(batch: int, repeats: int) -> list[dict[str, Any]]:
         return rows
 
 
-def _fresh(root: Path, bundle: Path | None) -> dict[str, float]:
+def write_batch(root: Path, size: int) -> None:
+    """Write the samples of a pass, for both sides."""
+    draw = np.random.default_rng(0)
+    np.save(root / "x.npy", draw.standard_normal((size, *_SHAPE)).astype(np.float32))
+    np.save(root / "y.npy", draw.integers(0, _CLASSES, size))
+
+
+def measure_fresh(root: Path, bundle: Path | None) -> dict[str, float]:
     """Measure in a process of its own: a bundle, or torch where there is none."""
     words = [sys.executable, "-m", "benchmarks.forward", "--measure", str(root), str(bundle or "")]
     environment = {"PYTHONPATH": str(_ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin"}

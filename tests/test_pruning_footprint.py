@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.forward import measure_fresh, write_batch
 from edge_agent.native.kernel import find_kernel
 from profiles.cost import graph_cost
 from pruning.fit import fit_memory
@@ -123,6 +124,14 @@ def test_a_narrow_net_is_faster_with_the_kernel_and_no_heavier(folders):
     dense, narrow = (measure(folders[name], "native") for name in ("dense", "narrow"))
     assert narrow["seconds"] < 0.7 * dense["seconds"]
     assert narrow["mib"] < dense["mib"] + 2
+
+
+def test_a_narrow_forward_against_torchs_backpropagation(folders, tmp_path):
+    """At a quarter of the MACs: 3 times less CPU time, 6 times less peak memory, imports on both sides."""
+    write_batch(tmp_path, 32)
+    ours, torchs = (measure_fresh(tmp_path, folder) for folder in (folders["narrow"], None))
+    assert torchs["seconds"] > 3 * ours["seconds"]
+    assert torchs["peak_mib"] > 6 * ours["peak_mib"]
 
 
 def test_zeros_save_nothing(folders):
