@@ -82,7 +82,10 @@ class Pruning:
     """
 
     method: Annotated[
-        str, Choice(("ntk", "synflow", "snip", "grasp", "magnitude", "erk", "random", "uniform", "none"))
+        str,
+        Choice(
+            ("ntk", "ntk-widths", "synflow", "snip", "grasp", "magnitude", "erk", "random", "uniform", "none")
+        ),
     ] = "uniform"
     density: Annotated[
         float,

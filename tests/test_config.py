@@ -241,7 +241,7 @@ def test_names_in_the_file_are_those_of_the_pruning_floor(write):
 
     for names in (MODELS, WAYS):
         assert any(
-            set(re.findall(r"`(\w+)`", line.partition("one of")[2])) == set(names)
+            set(re.findall(r"`([\w-]+)`", line.partition("one of")[2])) == set(names)
             for line in said.splitlines()
         )
 
