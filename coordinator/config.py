@@ -45,9 +45,12 @@ _LARGEST_MASKED = 100
 """Agents of a masked cohort: each sends a share to each, and the sums fit 63 bits."""
 
 _OPEN_RANGES = {
-    **dict.fromkeys(("smoothing", "nu", "momentum", "beta1", "beta2", "average", "decay"), (0.0, 1.0)),
+    **dict.fromkeys(
+        ("smoothing", "nu", "momentum", "beta1", "beta2", "average", "decay", "memory"), (0.0, 1.0)
+    ),
     **dict.fromkeys(("floor", "head_rate", "stabiliser", "clip"), (0.0, 1e6)),
     "kept": (1e-6, 1.0),
+    "rank": (1.0, 17.0),
     "levels": (1.0, 17.0),
     "shares": (1.0, 256.0),
     "layers": (1.0, 256.0),
@@ -235,6 +238,8 @@ def _check_together(experiment: Experiment, faults: Faults) -> None:
                 f"is above the cohort of {experiment.cohort_size}: no round could close. "
                 'Lower it, or write "all".',
             )
+    if faults.clear("fleet", "privacy.masks") and fleet.collectors:
+        _check_collectors(experiment, faults)
     if faults.clear("method"):
         _check_method(experiment.method, faults)
     if faults.clear("privacy", "fleet", "method", "devices") and experiment.privacy.masks != "none":
@@ -273,6 +278,23 @@ def _check_together(experiment: Experiment, faults: Faults) -> None:
             "fleet.resend_s",
             fleet.resend_s,
             f"must not exceed `fleet.deadline_s` = {fleet.deadline_s:g}. Lower it.",
+        )
+
+
+def _check_collectors(experiment: Experiment, faults: Faults) -> None:
+    fleet = experiment.fleet
+    if fleet.collectors > fleet.shards:
+        faults.refuse(
+            "fleet.collectors",
+            fleet.collectors,
+            f"is more than there are shards to read. Set `fleet.shards` to {fleet.collectors} or more.",
+        )
+    if experiment.privacy.masks != "none":
+        faults.refuse(
+            "fleet.collectors",
+            fleet.collectors,
+            'will not do with `privacy.masks` = "pairwise": the coordinator reads masked replies itself. '
+            "Set it to 0.",
         )
 
 
@@ -338,7 +360,7 @@ def _check_method(method: Method, faults: Faults) -> None:
         value = method.constants.get(name)
         if value is not None and not low <= value < high:
             faults.refuse(f"method.{name}", value, f"must be at least {low:g} and less than {high:g}.")
-        elif value is not None and name in ("shares", "layers") and value != int(value):
+        elif value is not None and name in ("shares", "layers", "rank") and value != int(value):
             faults.refuse(f"method.{name}", value, "must be a whole number.")
 
 

@@ -77,11 +77,12 @@ def deal_levels(experiment: Experiment, bundles: Sequence[Bundle], slices: Mappi
 
 def _predict(experiment: Experiment, bundle: Bundle, samples: Samples) -> Prediction:
     """Return what an agent will need at its peak."""
+    rule = METHODS[experiment.method.name]
     return predict_peak_mib(
         Cost.from_dict(bundle.cost, params=bundle.params),
         batch_size=experiment.method.batch_size,
-        curvature_bytes_per_param=METHODS[experiment.method.name].bytes_per_weight,
-        autodiff=METHODS[experiment.method.name].autodiff,
+        curvature_bytes_per_param=rule.bytes_beyond(bundle.params, bundle.groups(rule.group)) / bundle.params,
+        autodiff=rule.autodiff,
         data_bytes=samples.x.nbytes + samples.y.nbytes,
         graph_bytes=bundle.graph_path.stat().st_size,
     )

@@ -9,15 +9,13 @@ from typing import Any
 
 from edge_agent.bundle import Bundle
 from edge_agent.optimizer import METHODS
-from profiles.budget import Prediction, check_memory, flops_per_step, predict_peak_mib
+from profiles.budget import Prediction, check_memory, flops_per_step, predict_peak_mib, predict_seconds
 from profiles.cost import Cost
 from profiles.device import Profile
 from profiles.errors import ConfigError
 
 __all__ = ["Fit", "Work", "fit", "refuse_unfit"]
 
-_SHARE_OF_PEAK = 0.1
-"""Small nets on small boards reach about a tenth of the peak; the time is an estimate, no promise."""
 _REPLY_HEAD_BYTES = 32
 
 
@@ -90,13 +88,14 @@ def fit(bundle: Bundle, profile: Profile, work: Work, *, allowed_mib: float | No
     """
     if work.method not in METHODS:
         raise ConfigError(f"there is no method {work.method!r}; there are {', '.join(METHODS)}")
+    rule = METHODS[work.method]
     cost = Cost.from_dict(bundle.cost, params=bundle.params)
     sample_bytes = 4 * math.prod(bundle.sample_shape) + 8
     prediction = predict_peak_mib(
         cost,
         batch_size=work.batch_size,
-        curvature_bytes_per_param=METHODS[work.method].bytes_per_weight,
-        autodiff=METHODS[work.method].autodiff,
+        curvature_bytes_per_param=rule.bytes_beyond(bundle.params, bundle.groups(rule.group)) / bundle.params,
+        autodiff=rule.autodiff,
         data_bytes=work.samples * sample_bytes,
         graph_bytes=bundle.graph_path.stat().st_size,
     )
@@ -116,7 +115,7 @@ def fit(bundle: Bundle, profile: Profile, work: Work, *, allowed_mib: float | No
         largest_batch=prediction.largest_batch(allowed),
         density=math.floor(100 * kept * prediction.largest_density(allowed)) / 100,
         flops_per_round=flops,
-        seconds_per_round=flops / (1e9 * profile.fp32_gflops.value * _SHARE_OF_PEAK),
+        seconds_per_round=predict_seconds(flops, gflops=profile.fp32_gflops.value),
         bytes_up=_REPLY_HEAD_BYTES + 4 * work.perturbations * work.local_steps,
     )
 

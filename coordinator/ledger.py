@@ -6,12 +6,13 @@ plain values that the scalar log holds. Does no input or output; the day is aske
 """
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from edge_agent.plan import RoundPlan
-from profiles.budget import Budget
+from profiles.budget import Budget, predict_seconds
 
 __all__ = ["Account", "Fitting", "Ledger", "Price", "Work"]
 
@@ -93,6 +94,7 @@ class _Board:
         cap: Largest batch, once the memory that it measured was too much.
         cap_peak_mib: The peak that led to the cap; only a higher one lowers it again.
         held: Why it is left alone for now: heat or an empty battery.
+        gflops: Its rate, where it has measured that.
     """
 
     pid: int = 0
@@ -102,6 +104,7 @@ class _Board:
     cap_peak_mib: float = 0.0
     power_at: float | None = None
     held: str = ""
+    gflops: float | None = None
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,7 @@ class Ledger:
         budgets: What each may spend.
         price: What work costs.
         today: The day, such as ``2026-11-21``.
+        deadline_s: Within which a board has to answer, by the speed that it has measured of itself.
         stored: Accounts that were kept: day, agent, text.
     """
 
@@ -137,6 +141,7 @@ class Ledger:
         price: Callable[[Work], Price],
         *,
         today: Callable[[], str],
+        deadline_s: float = math.inf,
         stored: Iterable[tuple[str, str, str]] = (),
     ) -> None:
         self._names = list(names)
@@ -144,6 +149,7 @@ class Ledger:
         self._budgets = list(budgets)
         self._price = price
         self._today = today
+        self._deadline_s = deadline_s
         self._accounts: dict[tuple[str, int], Account] = {}
         self._boards = [_Board() for _ in names]
         self._changed: set[tuple[str, int]] = set()
@@ -223,6 +229,7 @@ class Ledger:
         account.flops_measured += max(0, counters[0] - before[0])
         account.bytes_measured += max(0, counters[1] - before[1])
         board.pid, (board.flops, board.wire_bytes) = pid, counters
+        board.gflops = status.get("measured", {}).get("fp32_gflops") or board.gflops
         told = {**status.get("telemetry", {}), **status}
         power, at = told.get("power_w"), board.power_at
         if power is not None:
@@ -305,6 +312,9 @@ class Ledger:
         )
         if left.get("energy_wh", 1.0) <= 0:
             return f"it spent the {budget.energy_wh_per_day:g} Wh allowed today"
+        if board.gflops and (seconds := predict_seconds(price.flops, gflops=board.gflops)) > self._deadline_s:
+            speed = f"{seconds:,.3g} s at the {board.gflops:.3g} GFLOP/s that it measured"
+            return f"{work.batch_size} samples take {speed}; the deadline is {self._deadline_s:g} s"
         for what, needs, allowed in pairs:
             if allowed is not None and needs > allowed:
                 return f"{work.batch_size} samples take {needs:,.6g} {what} {max(0.0, allowed):,.6g} are left"

@@ -62,6 +62,11 @@ class Tensor:
         """Number of elements."""
         return prod(self.shape)
 
+    @property
+    def row(self) -> int:
+        """Elements of a row, the weights into one neuron or channel; all of a vector."""
+        return prod(self.shape[1:]) if len(self.shape) > 1 else self.size
+
 
 @dataclass(frozen=True)
 class Bundle:
@@ -130,11 +135,18 @@ class Bundle:
             weights,
             self.segments,
             tensors=tuple(spans.values()),
+            widths=tuple(tensor.row for tensor in self.tensors),
             head=tuple(spans[name] for name in self.head),
             stops=self.stops,
             hidden=tuple(spans[name] for name in self.hidden),
             layers=tuple(tuple(spans[tensor.name] for tensor in layer) for layer in self.layers),
         )
+
+    def groups(self, kind: str) -> int:
+        """Return how many "row"s or "tensor"s there are; 0 for another kind."""
+        if kind == "row":
+            return sum(tensor.size // tensor.row for tensor in self.tensors)
+        return len(self.tensors) if kind == "tensor" else 0
 
     @property
     def layers(self) -> tuple[tuple[Tensor, ...], ...]:

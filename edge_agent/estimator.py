@@ -241,12 +241,14 @@ class _Meter:
 
     def _displacer(self, segments: Sequence[Segment]) -> Callable[[Sequence[Term]], None]:
         replica, plan = self._replica, self._plan
+        noise, scale = replica.noise_for(plan)
         return displacer(
             replica.weights,
             segments,
-            epsilon=plan.epsilon,
+            epsilon=plan.epsilon * scale,
             curvature=replica.curvature_for(plan),
             threads=replica.threads,
+            noise=noise,
         )
 
 
@@ -302,17 +304,19 @@ def _move(
     if method_by_code(plan.method).rule == "sign":
         factors = np.sign(factors)
     keys = plan.keys(step, share)
+    noise, scale = replica.noise_for(plan)
     for numbers, segments in _reached(replica, plan, share):
         move(
             replica.weights,
             segments,
             [keys[number] for number in numbers],
             [factors[number] for number in numbers],
-            rate=rate,
+            rate=rate * scale,
             limit=limit,
             direction=direction,
             curvature=replica.curvature_for(plan),
             threads=replica.threads,
+            noise=noise,
         )
     if plan.exact:
         exact = scalars[plan.perturbations : plan.perturbations + plan.exact]

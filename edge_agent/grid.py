@@ -15,18 +15,19 @@ gives the same.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.native.kernel import find_kernel
+from edge_agent.native.kernel import Bits, find_kernel
 from edge_agent.noise import CHUNK, NoiseKey, chunk_words, values
 
 __all__ = [
     "NO_LIMIT",
     "RESERVE_STEPS",
     "WEIGHT_STEPS",
+    "Noise",
     "Segment",
     "Term",
     "bf16_to_float",
@@ -65,6 +66,10 @@ _MULTIPLIERS = np.array(
 _SMALLEST_EXPONENT = 2
 _HEADROOM_BITS = 2
 _CHUNK = 1 << 15
+
+
+Noise: TypeAlias = Callable[[NoiseKey, int, int], NDArray[np.int32]]
+"""Makes a piece of a direction of its key, start and size, as :func:`edge_agent.noise.values` does."""
 
 
 class Segment(NamedTuple):
@@ -162,12 +167,13 @@ def displacer(
     segments: Sequence[Segment],
     *,
     epsilon: float,
-    curvature: NDArray[np.uint16] | None = None,
+    curvature: Bits | None = None,
     threads: int = 1,
+    noise: Noise = values,
 ) -> Callable[[Sequence[Term]], None]:
     """Return a function of terms that adds ``sum_t times_t * epsilon * z_t``, in place and exactly undoable.
 
-    z is the noise of the key, divided by sqrt(h) where there is curvature, and epsilon * z is rounded
+    z is the ``noise`` of the key, divided by sqrt(h) where there is curvature, and epsilon * z is rounded
     to whole grid steps *before* it is multiplied. Several terms make one pass: to undo
     the last perturbation and apply the next, pass both. The absolute ``times`` of 1 to 4 terms add up to at
     most 4.
@@ -178,8 +184,9 @@ def displacer(
         epsilon: Step of the finite difference, > 0.
         curvature: bfloat16 bits, shape of ``weights``; None for h = 1.
         threads: Threads of the compiled kernel.
+        noise: What makes a direction; the compiled kernel knows plain noise alone.
     """
-    if (kernel := find_kernel()) is not None:
+    if noise is values and (kernel := find_kernel()) is not None:
         return kernel.displacer(
             weights, segments, epsilon=min(epsilon, _LARGEST_FACTOR), curvature=curvature, threads=threads
         )
@@ -192,7 +199,7 @@ def displacer(
             root = None if curvature is None else inverse_root(curvature[start:stop])
             total = np.zeros(stop - start, np.float32)
             for key, times in terms:
-                steps = values(key, start, stop - start).astype(np.float32)
+                steps = noise(key, start, stop - start).astype(np.float32)
                 steps *= amount * scale
                 if root is not None:
                     steps *= root
@@ -212,7 +219,7 @@ def perturb(
     terms: Sequence[Term],
     *,
     epsilon: float,
-    curvature: NDArray[np.uint16] | None = None,
+    curvature: Bits | None = None,
     threads: int = 1,
 ) -> None:
     """Add some terms once; see :func:`displacer`."""
@@ -233,12 +240,12 @@ def whole_scalars(scalars: Sequence[np.float32] | NDArray[np.float32]) -> tuple[
 
 
 def weighted_noise(
-    keys: Sequence[NoiseKey], wholes: NDArray[np.int32], start: int, size: int
+    keys: Sequence[NoiseKey], wholes: NDArray[np.int32], start: int, size: int, noise: Noise = values
 ) -> NDArray[np.float32]:
     """Return ``sum_p wholes_p * z_p``, exact in int32 for up to 65535 perturbations, as float32."""
     total = np.zeros(size, np.int32)
     for key, whole in zip(keys, wholes, strict=True):
-        total += values(key, start, size) * whole
+        total += noise(key, start, size) * whole
     return total.astype(np.float32)
 
 
@@ -280,8 +287,9 @@ def move(
     rate: float,
     limit: int,
     direction: int,
-    curvature: NDArray[np.uint16] | None = None,
+    curvature: Bits | None = None,
     threads: int = 1,
+    noise: Noise = values,
 ) -> None:
     """Make a private step ``w -= rate / P * sum_p g_p z_p`` that the same call takes back exactly.
 
@@ -293,12 +301,13 @@ def move(
         rate: Learning rate.
         limit: Grid steps that one move may displace a weight; ``RESERVE_STEPS // K`` for K local steps.
         direction: +1 makes the move, -1 takes it back.
-        curvature: As in :func:`perturb`.
+        curvature: As in :func:`displacer`.
         threads: Threads of the compiled kernel.
+        noise: As in :func:`displacer`.
     """
     wholes, unit = whole_scalars(scalars)
     amount = finite(rate * unit / len(keys))
-    if (kernel := find_kernel()) is not None:
+    if noise is values and (kernel := find_kernel()) is not None:
         kernel.update(
             weights,
             segments,
@@ -314,7 +323,7 @@ def move(
         return
     for start, stop, exponent in chunks(segments):
         scale = step_scale(exponent)
-        steps = weighted_noise(keys, wholes, start, stop - start)
+        steps = weighted_noise(keys, wholes, start, stop - start, noise)
         steps *= amount * scale
         if curvature is not None:
             steps *= inverse_root(curvature[start:stop])

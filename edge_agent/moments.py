@@ -49,11 +49,18 @@ def descend(
     Args:
         gradient: Estimate for a piece of the vector, shape (n,); may be overwritten.
         weights: The piece itself, only read.
-        moments: One row for momentum, two for Adam: shape (rows, n), changed in place.
+        moments: One row for momentum or for past updates that are only remembered, two for Adam: shape
+            (rows, n), changed in place.
         clock: After this round's tick.
         constants: The method's, by name.
     """
     np.clip(gradient, -_LARGEST, _LARGEST, out=gradient)
+    if "memory" in constants:
+        moments[0] *= np.float32(constants["memory"])
+        moments[0] += gradient
+        return gradient
+    if "beta1" not in constants and "momentum" not in constants:
+        return gradient
     if "momentum" in constants:
         moments[0] *= np.float32(constants["momentum"])
         moments[0] += gradient

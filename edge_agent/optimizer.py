@@ -21,9 +21,12 @@ class Method:
         code: As written in a record, 1 to 255; never used twice.
         constants: Names and defaults, in the order in which a record holds them.
         summary: One line for people.
-        curvature: Whether a replica keeps one bfloat16 curvature value per weight.
+        curvature: What the noise is divided by: nothing (""), or the root of one learned value for each
+            "weight" (bfloat16), "row" of a matrix or "tensor" (float32); or the "scale" of each tensor, which
+            follows from its weights.
         directions: What a perturbation moves: all weights ("full"), one tensor after the other ("block"),
-            a fixed share of them ("sparse"), or the layers of the agent's share ("layers").
+            a fixed share of them ("sparse"), or the layers of the agent's share ("layers"); or all weights
+            by noise of a low rank ("lowrank"), or the first perturbation by past updates ("guided").
         rule: What the scalars do: "descent" along the directions, by their "sign", with "momentum", by
             "adam", or a "choice" among multiples of the step by the mean loss at each.
         candidates: The multiples that a choice is made of.
@@ -41,7 +44,7 @@ class Method:
     code: int
     constants: Mapping[str, float]
     summary: str
-    curvature: bool = False
+    curvature: str = ""
     directions: str = "full"
     rule: str = "descent"
     head: int = 0
@@ -60,17 +63,42 @@ class Method:
     @property
     def moments(self) -> int:
         """Float32 values that a replica keeps for every weight, beside the curvature."""
-        return {"momentum": 1, "adam": 2}.get(self.rule, 0) + ("average" in self.constants)
+        return {"momentum": 1, "adam": 2}.get(self.rule, self.guided) + self.averaged
+
+    @property
+    def guided(self) -> bool:
+        """Whether past updates are remembered as a direction."""
+        return self.directions == "guided"
+
+    @property
+    def averaged(self) -> bool:
+        """Whether a running mean of the weights is judged and kept: the last of the moments."""
+        return "average" in self.constants
+
+    @property
+    def group(self) -> str:
+        """Which weights share a curvature value: those of a "row" or a "tensor"; empty where none do."""
+        return {"row": "row", "tensor": "tensor", "scale": "tensor"}.get(self.curvature, "")
 
     @property
     def bytes_per_weight(self) -> float:
-        """Memory of a replica beyond the weights, in bytes a weight."""
-        return 2.0 * (self.curvature or self.directions == "sparse") + 4.0 * self.moments
+        """What a replica remembers for each weight, in bytes."""
+        return 2.0 * (self.curvature == "weight" or self.directions == "sparse") + 4.0 * self.moments
+
+    def bytes_beyond(self, weights: int, groups: int) -> float:
+        """Return the memory of a replica beyond the weights, in bytes.
+
+        Args:
+            weights: How many there are.
+            groups: Rows or tensors that share a curvature value, as :attr:`group` says; each has a float32
+                and an int64 that tells where it begins.
+        """
+        return self.bytes_per_weight * weights + 12.0 * groups * bool(self.group)
 
     @property
     def stateful_steps(self) -> bool:
         """Whether a step needs more than this round's scalars, so that there can be one a round only."""
-        return self.rule in ("momentum", "adam", "choice")
+        return self.rule in ("momentum", "adam", "choice") or self.moments > 0
 
     def values(self, given: Mapping[str, float]) -> tuple[float, ...]:
         """Return the constants in a record's order, the given ones over the defaults."""
@@ -86,6 +114,7 @@ class Method:
         return dict(zip(self.constants, values, strict=True))
 
 
+_HISO = MappingProxyType({"nu": 0.05, "floor": 1e-4, "smoothing": 0.0})
 _ADAM = {"beta1": 0.9, "beta2": 0.999, "stabiliser": 1e-8}
 
 METHODS: Mapping[str, Method] = MappingProxyType(
@@ -101,9 +130,9 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             Method(
                 "hiso",
                 2,
-                MappingProxyType({"nu": 0.05, "floor": 1e-4, "smoothing": 0.0}),
+                _HISO,
                 "z = u / sqrt(h), h learned from the scalars (arXiv 2506.02370)",
-                curvature=True,
+                curvature="weight",
             ),
             Method(
                 "headstep",
@@ -241,6 +270,55 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 MappingProxyType({"smoothing": 0.0}),
                 "the gradient's projection on the span of a round's directions, by their exact Gram matrix",
                 rule="orthogonal",
+            ),
+            Method(
+                "hiso-row",
+                23,
+                _HISO,
+                "hiso with one curvature value for each row of a matrix, from the mean square of its step",
+                curvature="row",
+            ),
+            Method(
+                "hiso-tensor",
+                24,
+                _HISO,
+                "hiso with one curvature value for each tensor, from the mean square of its step",
+                curvature="tensor",
+            ),
+            Method(
+                "hiso-block",
+                25,
+                _HISO,
+                "perturbation p probes tensor p mod T alone, whose curvature learns from its own scalars",
+                curvature="tensor",
+                directions="block",
+            ),
+            Method(
+                "zo-scaled",
+                26,
+                MappingProxyType({"smoothing": 0.0, "floor": 0.01}),
+                "z of each tensor is as large as its weights, so that a step is a share of them",
+                curvature="scale",
+            ),
+            Method(
+                "zo-lowrank",
+                27,
+                MappingProxyType({"smoothing": 0.0, "rank": 4.0}),
+                "z of each matrix is a sum of few products u v' (arXiv 2410.07698)",
+                directions="lowrank",
+            ),
+            Method(
+                "zo-guided",
+                28,
+                MappingProxyType({"smoothing": 0.0, "memory": 0.9}),
+                "a round's first direction is the sign of the past updates' running sum (arXiv 1806.10230)",
+                directions="guided",
+            ),
+            Method(
+                "zo-average",
+                29,
+                MappingProxyType({"smoothing": 0.0, "average": 0.98}),
+                "w -= eta/P sum G z; a running mean of the weights is judged and kept",
             ),
             Method(
                 "deepstep",

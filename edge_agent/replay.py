@@ -5,6 +5,7 @@ and how many records went into them. Whoever applies the same records to the sam
 bits. Everything here is elementwise and in a fixed order; see :mod:`edge_agent.grid`.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -12,13 +13,15 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_agent.curvature import ONE_BF16, Shared, groups_of, learn_each, scales, sparse_mask
 from edge_agent.digest import fold, join, of_floats
+from edge_agent.directions import Guided, LowRank
 from edge_agent.grid import (
     NO_LIMIT,
     RESERVE_STEPS,
     WEIGHT_STEPS,
+    Noise,
     Segment,
-    bf16_to_float,
     chunks,
     finite,
     inverse_root,
@@ -31,8 +34,8 @@ from edge_agent.grid import (
 )
 from edge_agent.head import Span, chosen, flat_indices, head_size, outside, taking_part
 from edge_agent.moments import Clock, descend, follow
-from edge_agent.native.kernel import Learning, find_kernel
-from edge_agent.noise import NOISE_VERSION, NoiseKey, hash_words, mix64
+from edge_agent.native.kernel import Bits, Learning, find_kernel
+from edge_agent.noise import NOISE_VERSION, NoiseKey, values
 from edge_agent.optimizer import Method, Normaliser, method_by_code
 from edge_agent.orthogonal import orthogonal
 from edge_agent.plan import RoundPlan
@@ -41,12 +44,7 @@ from profiles.errors import DigestError, LogError
 
 __all__ = ["Replica", "apply_record", "apply_records", "move_head"]
 
-_ONE_BF16 = np.uint16(0x3F80)
-_STILL_BF16 = np.uint16(0x7F00)  # 1 / sqrt of it is 8e-20: such a weight is neither perturbed nor moved
-_MASK = 0x3A5C << 32  # beyond every perturbation number, so that no noise has this key
 _SMALLEST_CURVATURE = 1e-30  # far from denormals, which a processor may flush to zero
-_LARGEST_CURVATURE = np.float32(1e30)
-_LARGEST_DESCENT = np.float32(1e15)
 
 
 @dataclass
@@ -61,6 +59,9 @@ class Replica:
         normaliser: Running mean square of the scalars.
         threads: Threads that work on it, where there is a compiled kernel; no bit depends on them.
         tensors: Where each tensor lies, (start, stop) in order: the blocks of a block-wise method.
+        widths: Elements of a row of each tensor, all of them in what is no matrix; may be left out with
+            one row each.
+        shared: Curvature of rows or tensors, or None while no method asked for it.
         head: Where the tensors of the last linear layer lie, if the graph tells their gradient.
         moments: Float32 of shape (rows, size): momentum, or both moments of Adam, then the running mean
             of the weights; None while no method asked for any.
@@ -69,6 +70,7 @@ class Replica:
         hidden: As ``head``, of the linear layer before the last.
         stops: Where each width of a family of nets ends in the vector, this replica's own last: a narrower
             net of the family is the vector up to there. Empty for a net of no family.
+        averaged: Whether the last of the moments is the running mean of the weights.
     """
 
     weights: NDArray[np.float32]
@@ -78,19 +80,25 @@ class Replica:
     normaliser: Normaliser = field(default_factory=Normaliser)
     threads: int = 1
     tensors: tuple[Span, ...] = ()
+    widths: tuple[int, ...] = ()
+    shared: Shared | None = None
     head: tuple[Span, ...] = ()
     moments: NDArray[np.float32] | None = None
     clock: Clock = field(default_factory=Clock)
     layers: tuple[tuple[Span, ...], ...] = ()
     hidden: tuple[Span, ...] = ()
     stops: tuple[int, ...] = ()
+    averaged: bool = False
     _mask: tuple[tuple[int, float], NDArray[np.uint16]] | None = None
+    _scales: tuple[int, Shared] | None = None
 
     def digest(self) -> int:
         """Return 64 bits of all that the next rounds depend on."""
         curvature = 0
         if self.curvature is not None:
             curvature = fold(self.curvature.view(np.uint32), threads=self.threads)
+        elif self.shared is not None:
+            curvature = fold(self.shared.values.view(np.uint32), threads=self.threads)
         scalars = of_floats(self.normaliser.mean_square, self.normaliser.weight)
         digest = join(fold(self.weights.view(np.uint32), threads=self.threads), curvature, scalars)
         if self.moments is None:
@@ -130,19 +138,44 @@ class Replica:
         edges = (0, *(self.stops or (self.weights.size,)))
         return [(range(plan.perturbations), _within(self.segments, span)) for span in pairwise(edges)]
 
-    def curvature_for(self, plan: RoundPlan) -> NDArray[np.uint16] | None:
+    def curvature_for(self, plan: RoundPlan) -> Bits | None:
         """Return the curvature that the plan's method divides by; None stands for h = 1.
 
         A sparse method's is 1 where a weight may move and beyond all measure elsewhere; it follows from
-        the plan alone and is no state.
+        the plan alone and is no state. The scales of tensors are those that the round began with: they must
+        be asked for before it displaces a weight.
         """
         method = method_by_code(plan.method)
-        if method.directions != "sparse":
-            return self.curvature if method.curvature else None
-        named = (plan.seed, method.named(plan.constants)["kept"])
-        if self._mask is None or self._mask[0] != named:
-            self._mask = (named, _sparse(self.weights.size, *named))
-        return self._mask[1]
+        constants = method.named(plan.constants)
+        if method.directions == "sparse":
+            named = (plan.seed, constants["kept"])
+            if self._mask is None or self._mask[0] != named:
+                self._mask = (named, sparse_mask(self.weights.size, *named))
+            return self._mask[1]
+        if method.curvature == "scale":
+            if self._scales is None or self._scales[0] != self.round:
+                self._scales = (self.round, self.groups("tensor"))
+                scales(self.weights, self.segments, self._scales[1], constants["floor"])
+            return self._scales[1]
+        if method.group:
+            return self.shared
+        return self.curvature if method.curvature else None
+
+    def groups(self, kind: str) -> Shared:
+        """Return a curvature of 1 for each "row" or "tensor"."""
+        whole = [stop - start for start, stop in self.tensors]
+        return groups_of(self.tensors, (self.widths or whole) if kind == "row" else whole, self.weights.size)
+
+    def noise_for(self, plan: RoundPlan) -> tuple[Noise, float]:
+        """Return what makes the plan's directions, and the factor that brings them to variance 1."""
+        method = method_by_code(plan.method)
+        if method.directions == "lowrank":
+            rank = int(method.named(plan.constants)["rank"])
+            widths = self.widths or [stop - start for start, stop in self.tensors]
+            return LowRank(rank, self.tensors, widths), 1.0 / math.sqrt(rank)
+        if method.guided and self.moments is not None:
+            return Guided(self.moments[0]), 1.0
+        return values, 1.0
 
     def exact_layers(self, plan: RoundPlan) -> list[tuple[Span, ...]]:
         """Return which layers have exact scalars, each as its spans; each sends a part of them."""
@@ -190,19 +223,20 @@ class Replica:
 
     def evaluated(self) -> NDArray[np.float32]:
         """Return the weights that are judged and kept: a running mean where the method has one."""
-        if self.moments is None or len(self.moments) < 3:
-            return self.weights
-        return self.moments[2]
+        return self.moments[-1] if self.averaged and self.moments is not None else self.weights
 
     def prepare(self, method_code: int) -> None:
         """Lay out what the method remembers, if the replica has it not yet."""
         method = method_by_code(method_code)
-        if method.curvature and self.curvature is None:
-            self.curvature = np.full(self.weights.size, _ONE_BF16, np.uint16)
+        if method.curvature == "weight" and self.curvature is None:
+            self.curvature = np.full(self.weights.size, ONE_BF16, np.uint16)
+        if method.curvature in ("row", "tensor") and self.shared is None:
+            self.shared = self.groups(method.curvature)
         if method.moments and (self.moments is None or len(self.moments) != method.moments):
             self.moments = np.zeros((method.moments, self.weights.size), np.float32)
-            if "average" in method.constants:
+            if method.averaged:
                 self.moments[-1] = self.weights
+        self.averaged = method.averaged
 
 
 def apply_records(replica: Replica, records: Iterable[RoundRecord]) -> None:
@@ -262,6 +296,7 @@ def _update(replica: Replica, record: RoundRecord) -> None:
         rate = replica.normaliser.divide(rate)
     replica.clock.tick(constants)
     learning = Learning(0.0, constants.get("nu", 0.0), max(constants.get("floor", 0.0), _SMALLEST_CURVATURE))
+    scale = replica.noise_for(plan)[1]
     of_steps = [plan.keys(step) for step in range(plan.steps)]
     places = replica.shells(plan) if method.nested else replica.reach(plan)
     for level, (reached, segments) in enumerate(places):
@@ -276,9 +311,9 @@ def _update(replica: Replica, record: RoundRecord) -> None:
         ]
         wholes = np.stack([whole for whole, _ in parts])
         if method.moments:
-            _remember(replica, segments, keys[0], parts[0], rate, constants)
+            _remember(replica, plan, segments, keys[0], parts[0], rate, constants)
             continue
-        amounts = [finite(rate * unit / len(numbers)) for _, unit in parts]
+        amounts = [finite(scale * rate * unit / len(numbers)) for _, unit in parts]
         learning = learning._replace(descent=float(finite(parts[-1][1] / len(numbers))))
         _descend(replica, plan, segments, keys, wholes, amounts, learning)
     if plan.exact:
@@ -364,9 +399,13 @@ def _descend(
     learning: Learning,
 ) -> None:
     """Move the weights of some segments by all local steps, and learn their curvature."""
-    curvature = replica.curvature_for(plan)
+    curvature, noise = replica.curvature_for(plan), replica.noise_for(plan)[0]
     learned = curvature is not None and curvature is replica.curvature
-    if (kernel := find_kernel()) is not None:
+    if isinstance(curvature, Shared) and curvature is replica.shared:
+        before = Shared(curvature.starts, curvature.values.copy(), curvature.size)
+        curvature.learn(segments, keys[-1], wholes[-1], learning)
+        curvature = before
+    if noise is values and (kernel := find_kernel()) is not None:
         kernel.update(
             replica.weights,
             segments,
@@ -387,7 +426,7 @@ def _descend(
         weights = replica.weights[start:stop]
         root = None if curvature is None else inverse_root(curvature[start:stop])
         for step, whole in enumerate(wholes):
-            total = weighted_noise(keys[step], whole, start, stop - start)
+            total = weighted_noise(keys[step], whole, start, stop - start, noise)
             words = rounding_words(keys[step][0], start, stop - start)
             steps = total * (amounts[step] * scale)
             if root is not None:
@@ -396,14 +435,15 @@ def _descend(
             steps /= scale
             weights -= steps
             np.clip(weights, -limit, limit, out=weights)
-        if learned and curvature is not None and root is not None:
+        if learned and replica.curvature is not None and root is not None:
             total *= np.float32(learning.descent)
             total *= root
-            curvature[start:stop] = _learn(curvature[start:stop], total, words, learning)
+            replica.curvature[start:stop] = learn_each(replica.curvature[start:stop], total, words, learning)
 
 
 def _remember(
     replica: Replica,
+    plan: RoundPlan,
     segments: Sequence[Segment],
     keys: Sequence[NoiseKey],
     part: tuple[NDArray[np.int32], float],
@@ -415,11 +455,12 @@ def _remember(
     if replica.moments is None:
         raise ValueError("the replica was not prepared for this method")
     amount = finite(unit / len(keys))
+    noise = replica.noise_for(plan)[0]
     for start, stop, exponent in chunks(segments):
         scale = step_scale(exponent)
         limit = np.float32(WEIGHT_STEPS) / scale
         weights = replica.weights[start:stop]
-        gradient = weighted_noise(keys, wholes, start, stop - start) * amount
+        gradient = weighted_noise(keys, wholes, start, stop - start, noise) * amount
         steps = descend(gradient, weights, replica.moments[:, start:stop], replica.clock, constants)
         steps *= finite(rate) * scale
         round_update(steps, rounding_words(keys[0], start, stop - start), RESERVE_STEPS)
@@ -428,33 +469,6 @@ def _remember(
         np.clip(weights, -limit, limit, out=weights)
         if "average" in constants:
             follow(replica.moments[-1, start:stop], weights, constants["average"])
-
-
-def _learn(
-    curvature: NDArray[np.uint16],
-    descent: NDArray[np.float32],
-    words: NDArray[np.uint32],
-    learning: Learning,
-) -> NDArray[np.uint16]:
-    """Return the curvature after a round, in bfloat16 rounded up or down by the lower 16 random bits.
-
-    Nearest rounding would never move h once nu times its change is under 0.4 %.
-    """
-    h = bf16_to_float(curvature) * np.float32(1.0 - learning.nu)
-    np.clip(descent, -_LARGEST_DESCENT, _LARGEST_DESCENT, out=descent)
-    descent *= descent
-    descent *= np.float32(learning.nu)
-    h += descent
-    np.clip(h, np.float32(learning.floor), _LARGEST_CURVATURE, out=h)
-    return ((h.view(np.uint32) + (words & np.uint32(0xFFFF))) >> np.uint32(16)).astype(np.uint16)
-
-
-def _sparse(size: int, seed: int, kept: float) -> NDArray[np.uint16]:
-    """Return a curvature that lets a share of the weights move, the same in every round of a run."""
-    words = hash_words(NoiseKey(mix64(seed), 0, 0, _MASK), 0, size)
-    mask = np.full(size, _STILL_BF16, np.uint16)
-    mask[words < kept * 4294967296.0] = _ONE_BF16
-    return mask
 
 
 def _within(segments: Sequence[Segment], span: Span) -> list[Segment]:

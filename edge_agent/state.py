@@ -24,6 +24,8 @@ __all__ = ["load_replica", "read_replica", "replica_bytes", "save_replica"]
 _HEAD = struct.Struct("<8s64s32sIBBddddQ")
 _MAGIC = b"SFSTATE2"
 _MOST_MOMENTS = 3
+_AVERAGED = 0x80  # added to the number of moments whose last is the running mean of the weights
+_KINDS = {2: "row", 3: "tensor"}  # of shared curvature; 1 is one value a weight, 0 none
 
 
 def replica_bytes(replica: Replica, *, bundle_identity: str, run: str) -> bytes:
@@ -99,15 +101,21 @@ def read_replica(
     )
     if not belongs:
         return None
+    averaged, moments = moments >= _AVERAGED or moments == 3, moments % _AVERAGED
     if moments > _MOST_MOMENTS:
         raise StateError(f"{name} holds {moments} moments; no method has more than {_MOST_MOMENTS}")
     wanted = fresh.weights.nbytes
     found = file.readinto(fresh.weights.view(np.uint8).data)  # type: ignore[attr-defined]
-    if curved:
+    if curved == 1:
         fresh.curvature = np.empty(fresh.weights.size, np.uint16)
         wanted += fresh.curvature.nbytes
         found += file.readinto(fresh.curvature.view(np.uint8).data)  # type: ignore[attr-defined]
+    if curved in _KINDS:
+        fresh.shared = fresh.groups(_KINDS[curved])
+        wanted += fresh.shared.values.nbytes
+        found += file.readinto(fresh.shared.values.view(np.uint8).data)  # type: ignore[attr-defined]
     if moments:
+        fresh.averaged = averaged
         fresh.moments = np.empty((moments, fresh.weights.size), np.float32)
         wanted += fresh.moments.nbytes
         found += file.readinto(fresh.moments.view(np.uint8).data)  # type: ignore[attr-defined]
@@ -127,14 +135,23 @@ def _pieces(replica: Replica, bundle_identity: str, run: str) -> Iterator[bytes 
         bundle_identity.encode(),
         run.encode()[:32],
         replica.round,
-        replica.curvature is not None,
-        0 if replica.moments is None else len(replica.moments),
+        _curved(replica),
+        0 if replica.moments is None else len(replica.moments) + _AVERAGED * replica.averaged,
         replica.normaliser.mean_square,
         replica.normaliser.weight,
         replica.clock.first,
         replica.clock.second,
         replica.digest(),
     )
-    for array in (replica.weights, replica.curvature, replica.moments):
+    shared = None if replica.shared is None else replica.shared.values
+    for array in (replica.weights, replica.curvature, shared, replica.moments):
         if array is not None:
             yield array.view(np.uint8).data
+
+
+def _curved(replica: Replica) -> int:
+    """Return which curvature a replica has, as its file says it."""
+    if replica.shared is None:
+        return int(replica.curvature is not None)
+    tensors = replica.shared.starts.size == replica.groups("tensor").starts.size
+    return 3 if tensors else 2

@@ -25,6 +25,7 @@ __all__ = [
     "flops_per_step",
     "forwards_per_step",
     "predict_peak_mib",
+    "predict_seconds",
 ]
 
 _MIB = 2**20
@@ -35,6 +36,7 @@ _SESSION_PER_GRAPH_BYTE = 25.0  # nodes and kernels: a graph of 147 KB takes 3.7
 _SCRATCH = 1.05  # what kernels pack and unfold beside the buffers between them
 _THREAD_MIB = 0.2  # the touched part of a stack and of an allocator's arena
 _DIFFERENCES = ("central", "forward")
+_SHARE_OF_PEAK = 0.1  # small nets on small boards reach about a tenth of their arithmetic peak
 _TORCH = {
     # MiB of torch and onnx beside the agent's imports, of torch's own pages once it has run, and what a
     # pass holds of the activations: upper bounds from LeNet, ResNet-20 and WRN-10-2 at batches 8 and 64.
@@ -286,6 +288,16 @@ def flops_per_step(
     perturbed = 2 * perturbations if difference == "central" else perturbations
     passes = perturbed + 1 + perturbations
     return forwards * batch_size * cost.forward_flops + 2 * size * passes
+
+
+def predict_seconds(flops: int, *, gflops: float) -> float:
+    """Return about how long a board works on so many FLOPs: an estimate, no promise.
+
+    Args:
+        flops: Of :func:`flops_per_step`.
+        gflops: The board's rate of large matrix products, > 0; small nets reach a tenth of it.
+    """
+    return flops / (1e9 * gflops * _SHARE_OF_PEAK)
 
 
 def check_memory(

@@ -27,7 +27,9 @@ BOARD = [path for path in MODULES if path.startswith(FLOORS[:2])]
 WRITERS = ("edge_agent/replay.py", "edge_agent/grid.py", "edge_agent/native/")
 READERS = [p for p in MODULES if p.startswith(("edge_agent/", "coordinator/")) and not p.startswith(WRITERS)]
 # Law 3. What these compute must have the same bits everywhere.
-EXACT = [f"edge_agent/{name}.py" for name in ("curvature", "grid", "noise", "optimizer", "replay")]
+EXACT = [
+    f"edge_agent/{name}.py" for name in ("curvature", "directions", "grid", "noise", "optimizer", "replay")
+]
 # Law 5. The state machines.
 PURE = ["coordinator/rounds.py", "edge_agent/agent.py"]
 

@@ -6,6 +6,7 @@ import pytest
 from made_run import make_replayable_run
 
 from coordinator.cli import main
+from edge_agent.bundle import read_bundle
 from profiles.errors import BudgetError
 
 
@@ -23,6 +24,22 @@ def test_a_bundle_that_fits_is_accepted(bundle, capsys):
     assert said["bytes_up"] == 64
     assert said["largest_batch"] > 16
     assert said["flops_per_round"] > 0
+
+
+def test_what_a_method_remembers_is_counted(bundle, capsys):
+    """Nothing for decomfl, 2 bytes a weight for hiso, 12 a row or tensor for those that share curvature."""
+    made = read_bundle(bundle)
+    expected = {
+        "decomfl": 0,
+        "hiso": 2 * made.params,
+        "hiso-row": 12 * sum(t.shape[0] if len(t.shape) > 1 else 1 for t in made.tensors),
+        "hiso-tensor": 12 * len(made.tensors),
+        "zo-average": 4 * made.params,
+    }
+    for method, count in expected.items():
+        assert main(["fit", str(bundle), "--device", "pi-zero-2w", "--method", method, "--json"]) == 0
+        said = json.loads(capsys.readouterr().out)["prediction"]["curvature"]
+        assert said == pytest.approx(count / 2**20, rel=0.01)
 
 
 def test_a_bundle_that_does_not_fit_is_refused_with_what_would(bundle, capsys):

@@ -1,6 +1,7 @@
 """The fleet's books: what fits is asked, what does not is left out with the reason, and all survives."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -27,9 +28,9 @@ def price(work: Work) -> Price:
     return Price(60.0 + work.batch_size, 100 * work.batch_size * work.plan.perturbations, 500)
 
 
-def ledger(*budgets: Budget, day=lambda: "2026-11-21", stored=()) -> Ledger:
+def ledger(*budgets: Budget, day=lambda: "2026-11-21", stored=(), deadline_s=math.inf) -> Ledger:
     filled = [*budgets, *[Budget()] * (len(NAMES) - len(budgets))]
-    return Ledger(NAMES, filled, price, today=day, stored=stored)
+    return Ledger(NAMES, filled, price, today=day, stored=stored, deadline_s=deadline_s)
 
 
 def fit(books: Ledger, plan=PLAN, needed: int = 1):
@@ -125,6 +126,16 @@ def test_the_memory_that_is_held_against_a_board_is_what_it_measured():
 
 def status(**told):
     return {"state": "ready", "pid": 7, **told}
+
+
+def test_a_slow_board_gets_the_batch_that_it_can_finish():
+    """Of the rate that it measured a board reaches a tenth, and is asked what that does in time."""
+    books = ledger(deadline_s=8e-6)  # 6,400 FLOPs at 0.8 GFLOP/s
+    assert fit(books).batches == {}
+    books.note_status(0, {"state": "ready", "measured": {"fp32_gflops": 8.0}}, now=0.0)
+    assert fit(books).batches == {0: 8}
+    books.note_status(0, {"state": "ready", "measured": {"fp32_gflops": 0.8}}, now=1.0)
+    assert "at the 0.8 GFLOP/s that it measured; the deadline is" in fit(books).left_out[0]
 
 
 def test_heat_keeps_a_board_out_until_it_has_cooled_down():

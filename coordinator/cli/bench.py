@@ -5,6 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
+from coordinator.cli.parameters import Json
+
 __all__ = ["app", "kernel", "memory", "step"]
 
 _MODELS = ("lenet", "resnet20", "minilm", "opt125m")
@@ -16,7 +18,6 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-_Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 _Models = Annotated[
     list[str] | None,
     typer.Option("--model", metavar="|".join(_MODELS), help="Measure this net only; may be repeated."),
@@ -33,7 +34,7 @@ def kernel(
         int, typer.Option(min=1024, help="Weights of the flat vector; 125 million need 1 GiB of memory.")
     ] = 125_000_000,
     seconds: Annotated[float, typer.Option(min=0.1, help="How long to measure each of the two halves.")] = 15,
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Time a perturbation and a replay of 16 against one pass over the same bytes.
 
@@ -62,7 +63,7 @@ def step(
     ] = None,
     seconds: Annotated[float, typer.Option(min=0.1, help="How long to measure each comparison.")] = 5,
     limit_s: _Limit = 600,
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Time whole steps against their bare forwards, and forwards against ONNX Runtime's best and torch.
 
@@ -82,7 +83,7 @@ def step(
 
 
 @app.command(name="memory", epilog=_MEMORY)
-def memory(model: _Models = None, limit_s: _Limit = 600, as_json: _Json = False) -> None:
+def memory(model: _Models = None, limit_s: _Limit = 600, as_json: Json = False) -> None:
     """Compare the peak memory of a training agent with that of ONNX Runtime that only infers.
 
     Each in a fresh process with the same imports. train_rss_over_inference: both peaks' ratio.

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from coordinator.cli.parameters import Json, RunFolder
+
 __all__ = ["EXAMPLE", "ctl"]
 
 EXAMPLE = (
@@ -18,7 +20,7 @@ EXAMPLE = (
 
 
 def ctl(
-    run: Annotated[Path, typer.Argument(help="The run folder.", show_default=False)],
+    run: RunFolder,
     verb: Annotated[
         str, typer.Argument(help="pause, resume, stop, set or status.", metavar="VERB", show_default=False)
     ],
@@ -29,7 +31,7 @@ def ctl(
     within_s: Annotated[
         float, typer.Option("--within", min=0.1, max=3600, help="Seconds to wait for the coordinator.")
     ] = 10.0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Pause, resume or stop a run, change its constants, or ask how it is.
 

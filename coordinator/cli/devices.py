@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from coordinator.cli.parameters import Json
+
 if TYPE_CHECKING:
     from coordinator.boards import Board
 
@@ -14,7 +16,6 @@ __all__ = ["app", "list_devices", "locate", "logs", "rename", "show"]
 
 app = typer.Typer(no_args_is_help=True, help="The boards that were flashed from here, and how they are.")
 
-_Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 _Name = Annotated[str, typer.Argument(help="As `scalarfed devices list` prints it.", show_default=False)]
 _Broker = Annotated[
     str, typer.Option(metavar="URL", help="Where the broker is now.", show_default="as the board was told")
@@ -22,7 +23,7 @@ _Broker = Annotated[
 
 
 @app.command(name="list", epilog="Example: scalarfed devices list")
-def list_devices(broker: _Broker = "", as_json: _Json = False) -> None:
+def list_devices(broker: _Broker = "", as_json: Json = False) -> None:
     """List the boards with their state, temperature and memory, as they last reported."""
     from coordinator.boards import read_book
 
@@ -50,7 +51,7 @@ def list_devices(broker: _Broker = "", as_json: _Json = False) -> None:
 
 
 @app.command(epilog="Example: scalarfed devices show pi-kitchen")
-def show(name: _Name, broker: _Broker = "", as_json: _Json = False) -> None:
+def show(name: _Name, broker: _Broker = "", as_json: Json = False) -> None:
     """Show all that is known of a board: how it was flashed, and its last status."""
     board = _board(name)
     status = _statuses([board], broker).get(board.name)

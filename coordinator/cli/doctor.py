@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from coordinator.cli.parameters import Json
+
 if TYPE_CHECKING:
     from coordinator.doctor import Verdict
     from coordinator.flash.volume import BootVolume
@@ -29,7 +31,7 @@ def doctor(
     run: Annotated[
         str, typer.Option(metavar="NAME", help="The run.", show_default="as the board was told")
     ] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Say what is wrong with a board, from its status message or from its card, and what to do.
 

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from coordinator.cli.parameters import Json
+
 __all__ = ["EXAMPLE", "fit"]
 
 EXAMPLE = "Example: scalarfed fit runs/digits/bundle --device pi-zero-2w --batch-size 32"
@@ -25,7 +27,7 @@ def fit(
     memory_mib: Annotated[
         float | None, typer.Option(min=1, help="Memory budget.", show_default="the profile's")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Predict memory, work and bytes of a round on a board; refuse what does not fit, and say what would."""
     from coordinator.fit import Work, refuse_unfit

@@ -1,10 +1,11 @@
 """``scalarfed log``: looks into the scalar log of a run, and checks it."""
 
 import json
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from coordinator.cli.parameters import Json, RunFolder
 
 __all__ = ["app", "compact", "show", "verify"]
 
@@ -13,7 +14,7 @@ app = typer.Typer(no_args_is_help=True, help="Look into the scalar log of a run,
 
 @app.command(epilog="Example: scalarfed log show runs/digits --last 5")
 def show(
-    run: Annotated[Path, typer.Argument(help="The run folder.", show_default=False)],
+    run: RunFolder,
     last: Annotated[int, typer.Option(min=1, help="How many rounds, from the end.")] = 20,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object with all that is known of them.")
@@ -59,8 +60,8 @@ def show(
 
 @app.command(epilog="Example: scalarfed log verify runs/digits")
 def verify(
-    run: Annotated[Path, typer.Argument(help="The run folder.", show_default=False)],
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    run: RunFolder,
+    as_json: Json = False,
 ) -> None:
     """Check that no row was altered, removed or added, and that replaying them gives every digest."""
     from coordinator.rebuild import rebuild_run
@@ -77,7 +78,7 @@ def verify(
 
 @app.command(epilog="Example: scalarfed log compact runs/digits --drop-replies")
 def compact(
-    run: Annotated[Path, typer.Argument(help="The run folder.", show_default=False)],
+    run: RunFolder,
     drop_replies: Annotated[
         bool,
         typer.Option("--drop-replies", help="Forget the agents' own scalars too; replay needs none of them."),

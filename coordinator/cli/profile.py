@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from coordinator.cli.parameters import Json
+
 __all__ = ["app", "import_", "list_profiles", "measure", "show"]
 
 app = typer.Typer(no_args_is_help=True, help="What is known of the boards: memory, speed, system.")
@@ -14,7 +16,7 @@ app = typer.Typer(no_args_is_help=True, help="What is known of the boards: memor
 
 @app.command(name="list", epilog="Example: scalarfed profile list")
 def list_profiles(
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
     """List the known boards, built-in and your own."""
     from profiles.device import load_profile, profile_names
@@ -35,7 +37,7 @@ def list_profiles(
 @app.command(epilog="Example: scalarfed profile show pi-zero-2w")
 def show(
     name: Annotated[str, typer.Argument(help="As `scalarfed profile list` prints it.", show_default=False)],
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Show every figure of a board with its source, as the TOML of its profile."""
     from profiles.device import format_profile, load_profile

@@ -6,13 +6,15 @@ from typing import Annotated
 
 import typer
 
+from coordinator.cli.parameters import Json, RunFolder
+
 __all__ = ["EXAMPLE", "replay"]
 
 EXAMPLE = "Example: scalarfed replay runs/digits --round 350 --export digits-350.onnx"
 
 
 def replay(
-    run: Annotated[Path, typer.Argument(help="The run folder.", show_default=False)],
+    run: RunFolder,
     round_: Annotated[
         int | None,
         typer.Option("--round", help="Rounds to replay; 0 is the untrained net.", show_default="all of them"),
@@ -21,7 +23,7 @@ def replay(
         Path | None,
         typer.Option(metavar="FILE.onnx", help="Write the model for use elsewhere.", show_default=False),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Rebuild the model of a round, bit for bit, from the bundle and the scalar log alone.
 

@@ -1,9 +1,10 @@
 """``scalarfed report``: the page about a run."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from coordinator.cli.parameters import RunFolder
 
 __all__ = ["EXAMPLE", "report"]
 
@@ -11,7 +12,7 @@ EXAMPLE = "Example: scalarfed report runs/digits --open"
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="The run folder.", show_default=False)],
+    run: RunFolder,
     show: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
 ) -> None:
     """Write report.html anew from the log of a run, also of one that goes on or was interrupted."""

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from coordinator.cli.parameters import Json, Settings
+
 __all__ = ["EXAMPLE", "serve"]
 
 EXAMPLE = (
@@ -38,13 +40,8 @@ def serve(
     out: Annotated[
         Path | None, typer.Option(help="The run folder.", show_default="runs/NAME of the experiment")
     ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="Change a key of the experiment.", show_default=False
-        ),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print how it ended as one JSON object.")] = False,
+    settings: Settings = None,
+    as_json: Json = False,
 ) -> None:
     """Start a broker and run the rounds for boards that connect from elsewhere.
 

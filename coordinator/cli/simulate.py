@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from coordinator.cli.parameters import ExperimentFile, Json, Settings
+
 __all__ = ["EXAMPLE", "simulate"]
 
 EXAMPLE = (
@@ -17,19 +19,11 @@ EXAMPLE = (
 
 
 def simulate(
-    experiment: Annotated[Path, typer.Argument(help="The experiment file, TOML.", show_default=False)],
+    experiment: ExperimentFile,
     out: Annotated[
         Path | None, typer.Option(help="The run folder.", show_default="runs/NAME-simulated")
     ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Change a key of the experiment; may be repeated.",
-            show_default=False,
-        ),
-    ] = None,
+    settings: Settings = None,
     agents: Annotated[
         int | None,
         typer.Option(
@@ -39,9 +33,7 @@ def simulate(
             show_default="the experiment's",
         ),
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the summary as one JSON object, nothing else.")
-    ] = False,
+    as_json: Json = False,
 ) -> None:
     """Run an experiment in this process, with the protocol and the bits of a real fleet.
 

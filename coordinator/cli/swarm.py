@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from coordinator.cli.parameters import Json
+
 __all__ = ["EXAMPLE", "swarm"]
 
 EXAMPLE = "Example: scalarfed swarm --agents 1000 --rounds 30 --json"
@@ -13,7 +15,7 @@ EXAMPLE = "Example: scalarfed swarm --agents 1000 --rounds 30 --json"
 def swarm(
     agents: Annotated[int, typer.Option(min=1, help="How many agents, each with its own connection.")] = 1000,
     rounds: Annotated[int, typer.Option(min=1, help="How many rounds, after one to warm up.")] = 20,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Json = False,
     broker: Annotated[
         str | None,
         typer.Option(metavar="URL", help="Use a running MQTT broker, mqtt://HOST:PORT.", show_default=False),
@@ -21,12 +23,15 @@ def swarm(
     remote: Annotated[
         bool, typer.Option("--remote", help="Allow a broker beyond this machine; only if it is yours.")
     ] = False,
+    collectors: Annotated[
+        int, typer.Option(min=0, help="Processes that read the replies and hand them up in packs.")
+    ] = 0,
     limit_s: Annotated[float, typer.Option(min=1, help="Give up after so many seconds.")] = 300.0,
 ) -> None:
     """Measure rounds with a large fleet: a real broker, coordinator and log, agents that evaluate no net."""
     from coordinator.swarm import Load, run_swarm
 
-    result = run_swarm(Load(agents, rounds, limit_s), broker_url=broker or "", remote=remote)
+    result = run_swarm(Load(agents, rounds, limit_s, collectors), broker_url=broker or "", remote=remote)
     if as_json:
         typer.echo(json.dumps(result))
         return

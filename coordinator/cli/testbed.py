@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from coordinator.cli.parameters import ExperimentFile, Json, RunFolder, Settings
+
 if TYPE_CHECKING:
     from coordinator.progress import Observer
 
@@ -28,23 +30,13 @@ app = typer.Typer(
     "scalarfed testbed run examples/digits.toml --set data.path=my.npz --json > summary.json"
 )
 def run(
-    experiment: Annotated[Path, typer.Argument(help="The experiment file, TOML.", show_default=False)],
+    experiment: ExperimentFile,
     out: Annotated[
         Path | None, typer.Option(help="The run folder.", show_default="runs/NAME of the experiment")
     ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Change a key of the experiment; may be repeated.",
-            show_default=False,
-        ),
-    ] = None,
+    settings: Settings = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the summary as one JSON object, nothing else.")
-    ] = False,
+    as_json: Json = False,
     broker: Annotated[
         str | None,
         typer.Option(metavar="URL", help="Use a running MQTT broker, mqtt://HOST:PORT.", show_default=False),
@@ -82,8 +74,8 @@ def run(
 
 @app.command(epilog="Example: scalarfed testbed status runs/digits")
 def status(
-    run: Annotated[Path, typer.Argument(help="The run folder.", show_default=False)],
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    run: RunFolder,
+    as_json: Json = False,
 ) -> None:
     """Print a run's ledger: what each board was to spend, what it spent, what is left, who is left out.
 

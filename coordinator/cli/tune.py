@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from coordinator.cli.parameters import ExperimentFile, Json, Settings
+
 __all__ = ["EXAMPLE", "tune"]
 
 EXAMPLE = (
@@ -17,7 +19,7 @@ EXAMPLE = (
 
 
 def tune(
-    experiment: Annotated[Path, typer.Argument(help="The experiment file, TOML.", show_default=False)],
+    experiment: ExperimentFile,
     methods: Annotated[
         list[str] | None,
         typer.Option(
@@ -45,19 +47,9 @@ def tune(
             show_default="the highest accuracy at the end wins",
         ),
     ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Change a key of the experiment; may be repeated.",
-            show_default=False,
-        ),
-    ] = None,
+    settings: Settings = None,
     out: Annotated[Path | None, typer.Option(help="The folder.", show_default="runs/NAME-tuned")] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print what came out as one JSON object, nothing else.")
-    ] = False,
+    as_json: Json = False,
 ) -> None:
     """Try settings of one or more methods in simulation, and write the best experiment file.
 

@@ -26,6 +26,7 @@ _FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-fvisibility=hidden")
 _EXACT = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 _WARNINGS = ("-Wall", "-Wextra", "-Wno-missing-braces", "-Wno-unknown-pragmas", "-Wno-psabi")
 _AVX512 = (*(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")), "-mprefer-vector-width=512")
+_AVX512_BYTES = (*_AVX512, *(f"-mavx512{part}" for part in ("vnni", "vbmi", "vbmi2", "bitalg")))
 
 # Name of a path, numbers in a vector, whether it multiplies bytes, flags; the best path comes last.
 _SCALAR = ("scalar", 1, 0, ("-fno-tree-vectorize", "-fno-tree-slp-vectorize"))
@@ -35,7 +36,7 @@ _PATHS: dict[str, tuple[tuple[str, int, int, tuple[str, ...]], ...]] = {
         ("sse2", 4, 0, ("-msse2",)),
         ("avx2", 8, 0, ("-mavx2",)),
         ("avx512", 16, 0, _AVX512),
-        ("avx512vnni", 16, 1, (*_AVX512, "-mavx512vnni", "-mavx512vbmi", "-mavx512bitalg")),
+        ("avx512vnni", 16, 1, _AVX512_BYTES),
     ),
     "aarch64": (_SCALAR, ("neon", 4, 0, ()), ("dotprod", 4, 1, ("-mcpu=generic+dotprod",))),
 }

@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,12 +24,13 @@ from numpy.typing import NDArray
 from edge_agent.native.library import library_name
 from profiles.errors import ConfigError
 
-__all__ = ["Kernel", "Learning", "find_kernel", "kernel_name", "kernels", "load_kernels"]
+__all__ = ["Bits", "Kernel", "Learning", "find_kernel", "kernel_name", "kernels", "load_kernels"]
 
 _ABI = 1
 _BLOCK = 8192
 _REMEMBERED = 4  # replicas in use at a time, as of a run in one process
 _SHARE = 1 << 18  # elements below which a thread costs more than it saves
+_PIECE = 1 << 15  # elements whose curvature is made at a time, where there is no array of it; whole blocks
 
 
 class _Span(ctypes.Structure):
@@ -86,6 +87,14 @@ class Learning(NamedTuple):
     floor: float
 
 
+class Bits(Protocol):
+    """bfloat16 bits of curvature: an array of them, or what makes a piece of one when asked."""
+
+    def __getitem__(self, piece: slice, /) -> NDArray[np.uint16]:
+        """Return the bits of the elements ``piece.start`` to ``piece.stop``."""
+        ...
+
+
 _Term: TypeAlias = tuple[tuple[int, int, int, int], int]
 
 
@@ -131,7 +140,7 @@ class Kernel:
         segments: Sequence[tuple[int, int, int]],
         *,
         epsilon: float,
-        curvature: NDArray[np.uint16] | None,
+        curvature: Bits | None,
         threads: int = 1,
     ) -> Callable[[Sequence[_Term]], None]:
         """Return a function of terms that displaces the weights; see :func:`edge_agent.grid.displacer`.
@@ -140,13 +149,17 @@ class Kernel:
             ValueError: The arrays are not what the kernel may write to; from the function: there are not 1
                 to 4 terms.
         """
-        memory = self._memory(weights, segments, curvature)
+        whole, pieces = _whole(curvature)
+        memory = self._memory(weights, segments, whole)
         function, path, size = self._library.scalarfed_perturb, self._path, weights.size
         keys, times = (ctypes.c_uint64 * 16)(), (ctypes.c_int32 * 4)()
         job = _PerturbJob(memory.span(0, size), keys, times, 0, epsilon)
 
+        def run(span: _Span) -> int:
+            return int(function(path, _PerturbJob(span, keys, times, job.terms, epsilon)))
+
         def work(start: int, stop: int) -> int:
-            return int(function(path, _PerturbJob(memory.span(start, stop), keys, times, job.terms, epsilon)))
+            return memory.each(start, stop, pieces, run)
 
         def displace(terms: Sequence[_Term]) -> None:
             if not 1 <= len(terms) <= 4:
@@ -155,7 +168,7 @@ class Kernel:
                 keys[4 * place : 4 * place + 4] = key  # type: ignore[call-overload]  # any sequence will do
                 times[place] = count
             job.terms = len(terms)
-            if threads == 1:
+            if threads == 1 and pieces is None:
                 _check(function(path, job))
             else:
                 _spread(work, size, threads)
@@ -173,7 +186,7 @@ class Kernel:
         largest_move: int,
         largest_weight: int,
         direction: int,
-        curvature: NDArray[np.uint16] | None,
+        curvature: Bits | None,
         learning: Learning | None = None,
         threads: int = 1,
     ) -> None:
@@ -189,7 +202,7 @@ class Kernel:
             largest_weight: Grid steps beyond which no update moves a weight.
             direction: 1, or -1 to take moves back.
             curvature: bfloat16 bits, or None for ones.
-            learning: Learn the curvature from the last step.
+            learning: Learn the curvature, which is an array then, from the last step.
             threads: Threads that share the work.
 
         Raises:
@@ -205,16 +218,19 @@ class Kernel:
         flat = (ctypes.c_uint64 * (4 * wholes.size))(*fields)
         factors = (ctypes.c_float * steps)(*amounts)
         wholes = np.ascontiguousarray(wholes, np.int32)
-        memory = self._memory(weights, segments, curvature)
+        whole, pieces = _whole(curvature)
+        if pieces is not None and learning is not None:
+            raise ValueError("a curvature without an array cannot be learned here")
+        memory = self._memory(weights, segments, whole)
         learns = (0, 0.0, 0.0, 0.0, 0.0)
         if learning is not None:
             learns = (1, learning.descent, 1.0 - learning.nu, learning.nu, learning.floor)
 
         function, path = self._library.scalarfed_update, self._path
 
-        def work(start: int, stop: int) -> int:
+        def run(span: _Span) -> int:
             job = _UpdateJob(
-                memory.span(start, stop),
+                span,
                 flat,
                 wholes.ctypes.data,
                 factors,
@@ -226,6 +242,9 @@ class Kernel:
                 *learns,
             )
             return int(function(path, job))
+
+        def work(start: int, stop: int) -> int:
+            return memory.each(start, stop, pieces, run)
 
         _spread(work, weights.size, threads)
 
@@ -297,6 +316,29 @@ class _Memory:
     def span(self, start: int, stop: int) -> _Span:
         """Return a share of the elements as the kernel takes it."""
         return _Span(*self._span, start, stop)
+
+    def each(self, start: int, stop: int, curvature: Bits | None, run: Callable[[_Span], int]) -> int:
+        """Run a share of the elements: at once, or piece by piece with curvature made for each.
+
+        Returns:
+            The sum of what the runs return.
+        """
+        if curvature is None:
+            return run(self.span(start, stop))
+        failed = 0
+        weights, _, table, segments = self._span
+        for first in range(start, stop, _PIECE):
+            last = min(first + _PIECE, stop)
+            bits = np.ascontiguousarray(curvature[first:last], np.uint16)
+            # The kernel counts from the first weight and reads what the span holds.
+            pointer = bits.ctypes.data - 2 * first
+            failed += run(_Span(weights, pointer, table, segments, first, last))
+        return failed
+
+
+def _whole(curvature: Bits | None) -> tuple[NDArray[np.uint16] | None, Bits | None]:
+    """Return curvature as an array, or as what makes pieces of one."""
+    return (curvature, None) if curvature is None or isinstance(curvature, np.ndarray) else (None, curvature)
 
 
 def _spread(work: Callable[[int, int], int], size: int, threads: int) -> None:

@@ -46,16 +46,13 @@ INLINE vu lanes_from(uint32_t first)
 #endif
 }
 
+/* Three stages; a block's key comes in by halves: the lower is in the lanes, the upper follows in the middle. */
+INLINE vu hash_start(vu lanes) { return (lanes ^ (lanes >> 16)) * 0x7FEB352Du; }
+INLINE vu hash_middle(vu x, vu high) { return ((x ^ (x >> 15)) + high) * 0x846CA68Bu; }
+INLINE vu hash_end(vu x) { return x ^ (x >> 16); }
 INLINE vu hash(vu lanes, uint32_t low, uint32_t high)
 {
-    vu x = lanes + low;
-    x ^= x >> 16;
-    x *= 0x7FEB352Du;
-    x ^= x >> 15;
-    x += high;
-    x *= 0x846CA68Bu;
-    x ^= x >> 16;
-    return x;
+    return hash_end(hash_middle(hash_start(lanes + low), all(high)));
 }
 
 INLINE vu ones_in_fours(vu x)

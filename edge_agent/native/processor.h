@@ -8,7 +8,7 @@
 
 #include <cpuid.h>
 
-enum { LEAF_7_EBX_AVX2 = 1 << 5, LEAF_7_ECX_BYTES = 1 << 1 | 1 << 11 | 1 << 12 }; /* VBMI, VNNI, BITALG */
+enum { LEAF_7_EBX_AVX2 = 1 << 5, LEAF_7_ECX_BYTES = 1 << 1 | 1 << 6 | 1 << 11 | 1 << 12 }; /* VBMI, VBMI2, VNNI, BITALG */
 #define LEAF_7_EBX_AVX512 (1u << 16 | 1u << 17 | 1u << 30 | 1u << 31) /* F, DQ, BW, VL */
 
 /* Which vector registers the operating system saves: 0x06 with AVX, 0xE6 with AVX-512. */

@@ -21,7 +21,7 @@ INLINE int open_keys(struct keys *keys, int64_t count)
 {
     keys->count = count;
     keys->block = -1;
-    keys->states = malloc((size_t)count * 16);
+    keys->states = malloc((size_t)count * 16 + 16); /* four keys are read at a time */
     keys->low = (uint32_t *)(keys->states + count);
     keys->high = keys->low + count;
     return keys->states ? 0 : -1;

@@ -19,8 +19,13 @@ struct update_state {
     const factor *factors;    /* per step: `factors_of` its perturbations */
 };
 
-/* A random number in [-1/2, 1/2) from the upper 23 bits. */
-INLINE vf dither(vu random) { return float_of((random >> 9) | 0x3F800000u) - 1.5f; }
+/* A random number in [-1/2, 1/2) from the upper 23 bits: as the fraction of one in [1, 2). */
+#if DOT && defined(__x86_64__)
+INLINE vu one_to_two(vu random) { return (vu)_mm512_shldi_epi32((__m512i)all(0x7F), (__m512i)random, 23); }
+#else
+INLINE vu one_to_two(vu random) { return (random >> 9) | 0x3F800000u; }
+#endif
+INLINE vf dither(vu random) { return float_of(one_to_two(random)) - 1.5f; }
 
 INLINE vu learned(vf root, vu bits, vf descent, vu random, const struct update_job *job)
 {
@@ -30,49 +35,71 @@ INLINE vu learned(vf root, vu bits, vf descent, vu random, const struct update_j
     return (bits_of(h) + (random & 0xFFFFu)) >> 16;
 }
 
+/* Sums first and moves afterwards, a few chunks at a time: either alone keeps a processor busier than both by turns. */
+enum { AT_A_TIME = 8, PIECES = CHUNK_WORDS / LANES };
+
+struct asked {
+    vi sum[PLANES];
+    vu random;
+};
+
+INLINE void move_piece(float *weights, uint16_t *curvature, const struct asked *asked, const struct update_job *job,
+                       float amount, float step, int learn)
+{
+    const float limit = job->largest_weight * step, unit = job->direction * step;
+#pragma GCC unroll 8
+    for (int plane = 0; plane < PLANES; plane++) {
+        vf total = to_float(asked->sum[plane]);
+        vu own = asked->random * MULTIPLIERS[plane];
+        float *w = weights + 16 * plane;
+        vf steps = total * amount;
+        if (curvature) {
+            uint16_t *h = curvature + 16 * plane;
+            vu bits = load_half(h);
+            vf root = inverse_root(float_of(bits << 16));
+            steps *= root;
+            if (learn)
+                store_half(h, learned(root, bits, total, own, job));
+        }
+        steps = nearest(clamp(steps, job->largest_move) + dither(own));
+        store(w, clamp(less(load(w), steps, unit), limit));
+    }
+}
+
 INLINE void update_chunks(float *weights, uint16_t *curvature, uint32_t first_word, int64_t chunks,
                           const struct update_state *state, float step)
 {
     const struct update_job job = *state->job; /* a copy, which no store to a weight can change */
     const int64_t count = job.perturbations;
-    const float limit = job.largest_weight * step, unit = job.direction * step, scale = 1.0f / step;
-    for (; chunks; chunks--, weights += CHUNK, first_word += CHUNK_WORDS) {
-        for (int i = 0; i < CHUNK; i += 16)
-            __builtin_prefetch(weights + AHEAD + i, 1);
-        for (int lane = 0; lane < CHUNK_WORDS; lane += LANES) {
-            const vu lanes = lanes_from(first_word + (uint32_t)lane);
-            const uint32_t *low = state->keys->low, *high = state->keys->high;
-            const factor *factors = state->factors;
-            for (int64_t k = 0; k < job.steps; k++) {
-                vi sum[PLANES];
-                weigh(sum, lanes, low, high, factors, count);
-                vu random = hash(lanes, low[count], high[count]);
-                const float amount = job.amounts[k] * scale;
-                const int learn = job.learn && k == job.steps - 1;
-#pragma GCC unroll 8
-                for (int plane = 0; plane < PLANES; plane++) {
-                    vf total = to_float(sum[plane]);
-                    vu own = random * MULTIPLIERS[plane];
-                    float *w = weights + 16 * plane + lane;
-                    vf steps = total * amount;
-                    if (curvature) {
-                        uint16_t *h = curvature + 16 * plane + lane;
-                        vu bits = load_half(h);
-                        vf root = inverse_root(float_of(bits << 16));
-                        steps *= root;
-                        if (learn)
-                            store_half(h, learned(root, bits, total, own, &job));
-                    }
-                    steps = nearest(clamp(steps, job.largest_move) + dither(own));
-                    store(w, clamp(load(w) - steps * unit, limit));
-                }
-                low += count + 1;
-                high += count + 1;
-                factors += factors_for(count);
+    struct asked asked[AT_A_TIME * PIECES];
+    while (chunks) {
+        const int pieces = (int)(chunks < AT_A_TIME ? chunks : AT_A_TIME) * PIECES;
+        const uint32_t *low = state->keys->low, *high = state->keys->high;
+        const factor *factors = state->factors;
+        for (int64_t k = 0; k < job.steps; k++) {
+            for (int i = 0; i < pieces; i++) {
+                const uint32_t first = first_word + (uint32_t)(i * LANES);
+                for (int j = 0; j < PLANES; j++)
+                    __builtin_prefetch(weights + (i * PLANES + j) * LANES, 1);
+                weigh(asked[i].sum, first, low, high, factors, count);
+                asked[i].random = hash(lanes_from(first), low[count], high[count]);
             }
+            const float amount = job.amounts[k] * (1.0f / step);
+            const int learn = job.learn && k == job.steps - 1;
+            for (int i = 0; i < pieces; i++) {
+                const int place = i / PIECES * CHUNK + i % PIECES * LANES;
+                move_piece(weights + place, curvature ? curvature + place : 0, asked + i, &job, amount, step, learn);
+            }
+            low += count + 1;
+            high += count + 1;
+            factors += factors_for(count);
         }
+        const int done = pieces / PIECES;
+        chunks -= done;
+        weights += done * CHUNK;
+        first_word += (uint32_t)(done * CHUNK_WORDS);
         if (curvature)
-            curvature += CHUNK;
+            curvature += done * CHUNK;
     }
 }
 

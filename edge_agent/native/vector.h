@@ -75,6 +75,16 @@ INLINE void store_half(uint16_t *p, vu x) { vh y = __builtin_convertvector(x, vh
 INLINE vf load(const float *p) { vf x; memcpy(&x, p, sizeof x); return x; }
 INLINE void store(float *p, vf x) { memcpy(p, &x, sizeof x); }
 INLINE vf every(float x) { return (vf){0} + x; }
+INLINE vu all(uint32_t x) { return (vu){0} + x; }
+
+/* x - whole * unit, where the product is exact: with or without a fused operation it has the same bits. */
+#if LANES == 16
+INLINE vf less(vf x, vf whole, float unit) { return (vf)_mm512_fnmadd_ps((__m512)whole, (__m512)every(unit), (__m512)x); }
+#elif LANES == 4 && defined(__ARM_NEON) && defined(__aarch64__)
+INLINE vf less(vf x, vf whole, float unit) { return (vf)vfmsq_f32((float32x4_t)x, (float32x4_t)whole, (float32x4_t)every(unit)); }
+#else
+INLINE vf less(vf x, vf whole, float unit) { return x - whole * unit; }
+#endif
 
 #if LANES == 16
 /* The smaller of two magnitudes with the sign of the first: one operation for two. */

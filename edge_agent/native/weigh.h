@@ -10,24 +10,76 @@
 
 #if DOT
 
+/* A group of four lanes holds four perturbations of one word. In vector v of four, group g is word 4 g + v. */
 #if defined(__x86_64__)
+INLINE vu four_keys(const uint32_t *keys)
+{
+    return (vu)_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)keys));
+}
+INLINE vu group_lanes(uint32_t first)
+{
+    return (((vu){0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12}) + first) * GAMMA32;
+}
+/* In every group, byte b of lane n becomes byte n of lane b. */
+INLINE vu turn_bytes(vu x)
+{
+    const __m128i places = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return (vu)_mm512_shuffle_epi8((__m512i)x, _mm512_broadcast_i32x4(places));
+}
+/* Lane n of group g in vector v becomes lane v of that group in vector n. */
+INLINE void turn_lanes(vu x[4])
+{
+    __m512i a = _mm512_unpacklo_epi32((__m512i)x[0], (__m512i)x[1]);
+    __m512i b = _mm512_unpackhi_epi32((__m512i)x[0], (__m512i)x[1]);
+    __m512i c = _mm512_unpacklo_epi32((__m512i)x[2], (__m512i)x[3]);
+    __m512i d = _mm512_unpackhi_epi32((__m512i)x[2], (__m512i)x[3]);
+    x[0] = (vu)_mm512_unpacklo_epi64(a, c);
+    x[1] = (vu)_mm512_unpackhi_epi64(a, c);
+    x[2] = (vu)_mm512_unpacklo_epi64(b, d);
+    x[3] = (vu)_mm512_unpackhi_epi64(b, d);
+}
 INLINE vi dot(vi sum, vu counts, uint32_t bytes)
 {
     return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)counts, _mm512_set1_epi32((int)bytes));
 }
-INLINE vu count_bytes(vu x) { return (vu)_mm512_popcnt_epi8((__m512i)x); } /* ones in each byte */
+/* Ones in each byte; ones in its lower four bits, by a table that looks at six. */
+INLINE vu ones_in_bytes(vu x) { return (vu)_mm512_popcnt_epi8((__m512i)x); }
+INLINE vu ones_in_halves(vu x)
+{
+    const __m128i table = _mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4);
+    return (vu)_mm512_permutexvar_epi8((__m512i)x, _mm512_broadcast_i32x4(table));
+}
 #else
+INLINE vu four_keys(const uint32_t *keys) { return (vu)vld1q_u32(keys); }
+INLINE vu group_lanes(uint32_t first) { return (vu)vdupq_n_u32(first * GAMMA32); }
+INLINE vu turn_bytes(vu x)
+{
+    static const uint8_t places[] = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
+    return (vu)vqtbl1q_u8((uint8x16_t)x, vld1q_u8(places));
+}
+INLINE void turn_lanes(vu x[4])
+{
+    uint64x2_t a = (uint64x2_t)vzip1q_u32((uint32x4_t)x[0], (uint32x4_t)x[1]);
+    uint64x2_t b = (uint64x2_t)vzip2q_u32((uint32x4_t)x[0], (uint32x4_t)x[1]);
+    uint64x2_t c = (uint64x2_t)vzip1q_u32((uint32x4_t)x[2], (uint32x4_t)x[3]);
+    uint64x2_t d = (uint64x2_t)vzip2q_u32((uint32x4_t)x[2], (uint32x4_t)x[3]);
+    x[0] = (vu)vzip1q_u64(a, c);
+    x[1] = (vu)vzip2q_u64(a, c);
+    x[2] = (vu)vzip1q_u64(b, d);
+    x[3] = (vu)vzip2q_u64(b, d);
+}
 INLINE vi dot(vi sum, vu counts, uint32_t bytes)
 {
     return (vi)vdotq_s32((int32x4_t)sum, (int8x16_t)counts, vreinterpretq_s8_u32(vdupq_n_u32(bytes)));
 }
-INLINE vu count_bytes(vu x) { return (vu)vcntq_u8((uint8x16_t)x); }
+INLINE vu ones_in_bytes(vu x) { return (vu)vcntq_u8((uint8x16_t)x); }
+INLINE vu ones_in_halves(vu x) { return ones_in_bytes(x & 0x0F0F0F0Fu); }
 #endif
 
 /* A whole number is 128 * upper + lower; the bytes of four perturbations lie side by side. */
 typedef struct {
     uint32_t upper, lower;
-    int32_t bias; /* of the step, in its first factor: what counting from 0 instead of -2 adds */
+    uint32_t bias; /* of the step, in its first factor: what counting from 0 instead of -2 adds */
 } factor;
 
 INLINE int64_t factors_for(int64_t count) { return (count + 3) / 4; }
@@ -42,73 +94,58 @@ INLINE void make_factors(factor *factors, const int32_t *wholes, int64_t count)
         factors[p / 4].lower |= (uint32_t)(uint8_t)lower << (8 * (p % 4));
         bias += 2u * (uint32_t)wholes[p];
     }
-    factors[0].bias = (int32_t)bias;
+    factors[0].bias = bias;
 }
 
-/* Byte b of words 0 to 3 becomes word b: the bytes of four perturbations side by side. */
-#if defined(__x86_64__)
-INLINE void transpose(vu y[4], vu x0, vu x1, vu x2, vu x3)
+/* Counts the ones of a byte's lower half and of all of it; those of the upper half are the difference.
+ *
+ * Keys beyond the last, up to three, are read and meet zeros.
+ */
+INLINE void weigh(vi sum[PLANES], uint32_t first_word, const uint32_t *low, const uint32_t *high,
+                  const factor *factors, int64_t count)
 {
-#define PER_LANE(first)                                                                                              \
-    (__m512i)((((vu){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}) * 0x04040404u) + (first))
-    const __m512i lower_bytes = PER_LANE(0x41014000u), upper_bytes = PER_LANE(0x43034202u);
-    const __m512i lower_pairs = PER_LANE(0x41400100u), upper_pairs = PER_LANE(0x43420302u);
-    __m512i a = _mm512_permutex2var_epi8((__m512i)x0, lower_bytes, (__m512i)x1);
-    __m512i b = _mm512_permutex2var_epi8((__m512i)x0, upper_bytes, (__m512i)x1);
-    __m512i c = _mm512_permutex2var_epi8((__m512i)x2, lower_bytes, (__m512i)x3);
-    __m512i d = _mm512_permutex2var_epi8((__m512i)x2, upper_bytes, (__m512i)x3);
-    y[0] = (vu)_mm512_permutex2var_epi8(a, lower_pairs, c);
-    y[1] = (vu)_mm512_permutex2var_epi8(a, upper_pairs, c);
-    y[2] = (vu)_mm512_permutex2var_epi8(b, lower_pairs, d);
-    y[3] = (vu)_mm512_permutex2var_epi8(b, upper_pairs, d);
-#undef PER_LANE
-}
-#else
-INLINE void transpose(vu y[4], vu x0, vu x1, vu x2, vu x3)
-{
-    uint16x8_t a = (uint16x8_t)vtrn1q_u8((uint8x16_t)x0, (uint8x16_t)x1);
-    uint16x8_t b = (uint16x8_t)vtrn2q_u8((uint8x16_t)x0, (uint8x16_t)x1);
-    uint16x8_t c = (uint16x8_t)vtrn1q_u8((uint8x16_t)x2, (uint8x16_t)x3);
-    uint16x8_t d = (uint16x8_t)vtrn2q_u8((uint8x16_t)x2, (uint8x16_t)x3);
-    y[0] = (vu)vtrn1q_u16(a, c);
-    y[1] = (vu)vtrn1q_u16(b, d);
-    y[2] = (vu)vtrn2q_u16(a, c);
-    y[3] = (vu)vtrn2q_u16(b, d);
-}
-#endif
-
-/* The words of perturbations p to p + 3, none beyond the last, transposed. */
-INLINE void hash_four(vu y[4], vu lanes, const uint32_t *low, const uint32_t *high, int64_t p, int64_t last)
-{
-    int64_t q = p + 1 < last ? p + 1 : last, r = p + 2 < last ? p + 2 : last, s = p + 3 < last ? p + 3 : last;
-    transpose(y, hash(lanes, low[p], high[p]), hash(lanes, low[q], high[q]), hash(lanes, low[r], high[r]),
-              hash(lanes, low[s], high[s]));
-}
-
-/* The lower four bits of a byte are counted, and all eight: the upper four are the difference. */
-INLINE void weigh(vi sum[PLANES], vu lanes, const uint32_t *low, const uint32_t *high, const factor *factors, int64_t count)
-{
-    const uint32_t bias = (uint32_t)factors->bias;
-    vi upper[PLANES] = {0}, lower[PLANES] = {0};
-    const int64_t last = count - 1; /* words beyond it meet zeros */
+    const uint32_t bias = factors->bias;
+    vi upper_half[4], upper_all[4], lower_half[4], lower_all[4];
+    for (int v = 0; v < 4; v++) {
+        upper_half[v] = upper_all[v] = (vi){0};
+        lower_half[v] = (vi)(((vu){0}) - bias);
+        lower_all[v] = (vi)(((vu){0}) - 2 * bias);
+    }
+    const vu lanes = group_lanes(first_word);
     for (int64_t p = 0; p < count; p += 4, factors++) {
-        vu y[4];
-        hash_four(y, lanes, low, high, p, last);
+        const vu keys = lanes + four_keys(low + p), later = four_keys(high + p);
+        vu words[4];
+        /* Stage by stage: a processor that sees four words in turn waits less than with one at a time. */
 #pragma GCC unroll 4
-        for (int byte = 0; byte < 4; byte++) {
-            vu four = count_bytes(y[byte] & 0x0F0F0F0Fu), eight = count_bytes(y[byte]);
-            upper[2 * byte] = dot(upper[2 * byte], four, factors->upper);
-            lower[2 * byte] = dot(lower[2 * byte], four, factors->lower);
-            upper[2 * byte + 1] = dot(upper[2 * byte + 1], eight, factors->upper);
-            lower[2 * byte + 1] = dot(lower[2 * byte + 1], eight, factors->lower);
+        for (int v = 0; v < 4; v++)
+            words[v] = hash_start(keys + (uint32_t)v * GAMMA32);
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; v++)
+            words[v] = hash_middle(words[v], later);
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; v++)
+            words[v] = turn_bytes(hash_end(words[v]));
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; v++) {
+            vu half = ones_in_halves(words[v]), all = ones_in_bytes(words[v]);
+            upper_half[v] = dot(upper_half[v], half, factors->upper);
+            lower_half[v] = dot(lower_half[v], half, factors->lower);
+            upper_all[v] = dot(upper_all[v], all, factors->upper);
+            lower_all[v] = dot(lower_all[v], all, factors->lower);
         }
     }
+    vu half[4], rest[4];
 #pragma GCC unroll 4
-    for (int plane = 0; plane < PLANES; plane += 2) {
-        vu four = ((vu)upper[plane] << 7) + (vu)lower[plane];
-        vu eight = ((vu)upper[plane + 1] << 7) + (vu)lower[plane + 1];
-        sum[plane] = (vi)(four - bias);
-        sum[plane + 1] = (vi)(eight - four - bias);
+    for (int v = 0; v < 4; v++) {
+        half[v] = ((vu)upper_half[v] << 7) + (vu)lower_half[v];
+        rest[v] = ((vu)upper_all[v] << 7) + (vu)lower_all[v] - half[v];
+    }
+    turn_lanes(half);
+    turn_lanes(rest);
+#pragma GCC unroll 4
+    for (int n = 0; n < 4; n++) {
+        sum[2 * n] = (vi)half[n];
+        sum[2 * n + 1] = (vi)rest[n];
     }
 }
 
@@ -146,8 +183,10 @@ INLINE void make_factors(factor *factors, const int32_t *wholes, int64_t count)
         factors[p] = factor_of(wholes[p]);
 }
 
-INLINE void weigh(vi sum[PLANES], vu lanes, const uint32_t *low, const uint32_t *high, const factor *factors, int64_t count)
+INLINE void weigh(vi sum[PLANES], uint32_t first_word, const uint32_t *low, const uint32_t *high,
+                  const factor *factors, int64_t count)
 {
+    const vu lanes = lanes_from(first_word);
     for (int plane = 0; plane < PLANES; plane++)
         sum[plane] = (vi){0};
     vu word = prepare(hash(lanes, low[0], high[0]));
