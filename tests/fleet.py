@@ -72,7 +72,7 @@ class BoardInMemory:
         while self.link is not None and (event := self.link.receive(0)) is not None:
             if isinstance(event, Message) and event.topic == TOPICS.control:
                 outgoing = self.agent.on_control(json.loads(event.payload), now)
-                self.link.subscribe(TOPICS.round(shard_of(self.name, self.agent.shards)))
+                self.link.subscribe(TOPICS.round(shard_of(self.name, max(1, self.agent.shards))))
             elif isinstance(event, Message):
                 outgoing = self.agent.on_message(event.payload, now)
             elif isinstance(event, Connected):

@@ -1,12 +1,16 @@
 """Tests of scalarfed fit: what a board can train is said before anything is flashed."""
 
 import json
+import sys
 
 import pytest
 from made_run import make_replayable_run
 
+from coordinator.bench.child import measure_apart
 from coordinator.cli import main
+from coordinator.fit import Work, fit
 from edge_agent.bundle import read_bundle
+from profiles.device import load_profile
 from profiles.errors import BudgetError
 
 
@@ -61,3 +65,23 @@ def test_a_smaller_budget_allows_a_smaller_batch(bundle, capsys):
     options = ["--device", "pi-4-2gb", "--memory-mib", "80", "--batch-size"]
     assert main(["fit", str(bundle), *options, str(largest[0])]) == 0
     assert main(["fit", str(bundle), *options, str(largest[0] + 2)]) == BudgetError.exit_code
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the constants were fitted on Linux")
+@pytest.mark.parametrize(
+    ("model", "batch", "method"),
+    [
+        ("lenet", 32, "decomfl"),
+        ("resnet20", 8, "hiso"),
+        pytest.param("minilm", 8, "hiso", marks=pytest.mark.slow),
+        pytest.param("opt125m", 8, "decomfl", marks=pytest.mark.slow),
+    ],
+)
+def test_the_prediction_is_within_ten_percent_of_training(tmp_path, model, batch, method):
+    """Of the peak that a fresh process measures of itself which trains as an agent does."""
+    module = "coordinator.bench.memory"
+    measure_apart(module, "make", model, str(tmp_path), str(batch), limit_s=300)
+    measured = measure_apart(module, "train", method, str(tmp_path), str(batch), limit_s=300)["peak_mib"]
+    work = Work(method=method, batch_size=batch, perturbations=2)
+    predicted = fit(read_bundle(tmp_path), load_profile("pi-4-2gb"), work).prediction
+    assert predicted.total_mib == pytest.approx(measured, rel=0.10), predicted.describe()
