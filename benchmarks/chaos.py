@@ -1,6 +1,6 @@
 """A run among faults: processes are killed, links cut, messages repeated, late and out of order.
 
-    python -m benchmarks.chaos --seed 7 --rounds 200 --faults 60
+    python -m benchmarks.chaos --seed 7 --rounds 200 --faults 60 [--collectors 2]
 
 Six agent processes and a coordinator process talk through a faulty proxy to a real mosquitto. The same run
 without faults comes first; the last line is a JSON object with both digests. With quorum = all no round may
@@ -22,6 +22,8 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from benchmarks.fault_proxy import FaultProxy
 from coordinator.broker import Broker, find_mosquitto, start_mosquitto
@@ -209,6 +211,12 @@ class Fleet:
             if self.broker.pid is not None and not self.broker_back_at:
                 os.kill(self.broker.pid, 9)
             self.broker_back_at = time.monotonic() + pause_s
+        elif kind == "kill collector":  # its coordinator starts it again
+            for path in sorted((self.run / "collectors").glob("*.pid"))[:: chance.choice([1, 2])]:
+                with contextlib.suppress(OSError, ValueError, psutil.Error):
+                    process = psutil.Process(json.loads(path.read_text(encoding="utf-8"))["pid"])
+                    if "coordinator.collector" in process.cmdline():  # the file may be of a dead one
+                        process.kill()
         elif kind == "cut links":
             self.proxy.cut(share=chance.choice([0.3, 1.0]))
         elif kind == "disk full":
@@ -243,7 +251,8 @@ def run_once(run: Path, experiment: Experiment, *, seed: int, faults: int, limit
     A fault comes when its round is reached, or sooner if nothing moves for long.
     """
     chance = random.Random(seed)
-    kinds = [KINDS[number % len(KINDS)] for number in range(faults)]
+    possible = [*KINDS, *(["kill collector"] if experiment.fleet.collectors else [])]
+    kinds = [possible[number % len(possible)] for number in range(faults)]
     chance.shuffle(kinds)
     struck: Counter[str] = Counter()
     deadline = time.monotonic() + limit_s
@@ -302,6 +311,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--faults", type=int, default=60)
     parser.add_argument("--limit-s", type=float, default=1200.0, help="of the run with faults")
+    parser.add_argument("--collectors", type=int, default=0, help="processes that read the replies")
     options = parser.parse_args()
     settings = [
         f"rounds={options.rounds}",
@@ -310,6 +320,8 @@ def main() -> int:
         "fleet.quorum=all",
         "fleet.deadline_s=300",
         "fleet.resend_s=0.5",
+        f"fleet.shards={max(1, options.collectors)}",
+        f"fleet.collectors={options.collectors}",
     ]
     experiment = load_experiment(ROOT / "examples" / "digits.toml", settings)
     with tempfile.TemporaryDirectory(prefix="chaos-") as scratch:

@@ -1,9 +1,8 @@
-"""What pruning is worth: accuracy under zeroth-order training, and bytes, time and memory of a forward.
+"""What pruning is worth: accuracy under zeroth-order training. What it saves is in ``benchmarks/forward.py``.
 
-    python benchmarks/pruning.py train digits --out benchmarks/results/pruning-digits.jsonl
-    python benchmarks/pruning.py train lenet --data mnist.npz --out benchmarks/results/pruning-lenet.jsonl
-    python benchmarks/pruning.py table benchmarks/results/pruning-lenet.jsonl
-    python benchmarks/pruning.py forward --out benchmarks/results/pruning-forward.json
+    python -m benchmarks.pruning train digits --out benchmarks/results/pruning-digits.jsonl
+    python -m benchmarks.pruning train lenet --data mnist.npz --out benchmarks/results/pruning-lenet.jsonl
+    python -m benchmarks.pruning table benchmarks/results/pruning-lenet.jsonl
 
 ``train``: every net is trained with the same rounds, perturbations and samples. Its learning rate is sought
 by steps of two, until the best has a worse one on either side, by two runs on four fifths of the training
@@ -11,18 +10,13 @@ samples that are judged on the last fifth; then it is run on other seeds with al
 test samples. The estimator, the noise and the replay are those of a fleet; a cohort's batches are joined
 into one, which gives the mean of its scalars in exact arithmetic. Every run is a line of the file, and a
 command that was cut off goes on where it stopped.
-
-``forward``: each figure is taken in a fresh process, ours with ONNX Runtime and the weights as inputs,
-the peer's with torch and backpropagation. Imports count on both sides.
 """
 
 import argparse
 import functools
 import itertools
 import json
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -35,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coordinator.partition import partition
-from edge_agent.bundle import Bundle, read_bundle
+from edge_agent.bundle import Bundle
 from edge_agent.data import load_samples, to_inputs
 from edge_agent.estimator import estimate
 from edge_agent.forward import Forward
@@ -48,7 +42,7 @@ from profiles.errors import EstimateError
 
 _ROOT = Path(__file__).resolve().parent.parent
 _TUNING_SEEDS = (100, 101)
-_STRUCTURED = ("uniform", "random", "erk", "synflow", "ntk")
+_STRUCTURED = ("uniform", "ntk-widths", "random", "erk", "synflow", "ntk")
 _MASKS = ("random", "synflow", "ntk")
 _NET_FIELDS = ("mode", "method", "unit", "fraction")
 
@@ -82,7 +76,7 @@ TASKS = {
     "digits": Task("mlp", 300, 16, 16, 0.08),
     "lenet": Task("lenet", 400, 10, 16, 0.04),
     "lenet-headstep": Task("lenet", 150, 10, 16, 0.02, method="headstep", exact=64),
-    "resnet20": Task("resnet20", 200, 10, 8, 0.04, pool=2),
+    "resnet20": Task("resnet20", 200, 10, 8, 0.08, pool=2),
 }
 
 
@@ -217,7 +211,9 @@ class Journal:
         return float(self.runs[-1]["accuracy"])
 
 
-def row(net: Net, name: str, data: Data, test: Data, seeds: int, journal: Journal) -> None:
+def row(
+    net: Net, name: str, data: Data, test: Data, journal: Journal, *, seeds: int, tuning_seeds: Sequence[int]
+) -> None:
     """Seek the learning rate of one row of the table, and make its runs."""
     task = TASKS[name]
     order = np.random.default_rng(_TUNING_SEEDS[0]).permutation(len(data.y))
@@ -243,7 +239,7 @@ def row(net: Net, name: str, data: Data, test: Data, seeds: int, journal: Journa
 
         @functools.cache
         def tried(step: int) -> float:
-            found = [run("tune", seed, task.rate * 2.0**step) for seed in _TUNING_SEEDS]
+            found = [run("tune", seed, task.rate * 2.0**step) for seed in tuning_seeds]
             return -1.0 if np.isnan(found).any() else statistics.mean(found)
 
         best = 0
@@ -265,7 +261,8 @@ def run_training(arguments: argparse.Namespace) -> None:
         if arguments.only and net.name not in arguments.only:
             continue
         start = time.perf_counter()
-        row(net, arguments.task, data, test, arguments.seeds, journal)
+        tuning_seeds = _TUNING_SEEDS[: arguments.tuning_seeds]
+        row(net, arguments.task, data, test, journal, seeds=arguments.seeds, tuning_seeds=tuning_seeds)
         lines = table([run for run in journal.runs if Net(*map(run.get, _NET_FIELDS)) == net])
         print(lines[-1], f"{time.perf_counter() - start:5.0f} s", flush=True)
 
@@ -292,129 +289,32 @@ def table(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def run_forward(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure forwards of ResNet-20 in fresh processes, and a torch backpropagation step."""
-    rows = []
-    data = Data(
-        np.random.default_rng(0).standard_normal((64, 3, 32, 32)).astype(np.float32),
-        np.arange(64, dtype=np.int64) % 10,
-    )
-    task = TASKS["resnet20"]
-    kinds = {
-        "dense": Net("narrow", "none", "params", 1.0),
-        "mask ntk 10 %": Net("mask", "ntk", "params", 0.1),
-        "narrow ntk 25 % of MACs": Net("narrow", "ntk", "macs", 0.25),
-        "narrow uniform 25 % of MACs": Net("narrow", "uniform", "macs", 0.25),
-    }
-    with tempfile.TemporaryDirectory() as root:
-        for name, net in kinds.items():
-            folder = Path(root) / name.replace(" ", "_").replace("%", "")
-            make_bundle(net, task, data, 0, folder)
-            size = sum(p.stat().st_size for p in folder.iterdir() if p.suffix in (".onnx", ".f32"))
-            rows.append({"name": name, "bytes": size, **_fresh("ort", str(folder), arguments.batch)})
-    rows.append({"name": "torch backprop, dense", "bytes": 0, **_fresh("torch", "", arguments.batch)})
-    for entry in rows:
-        print(
-            f"{entry['name']:28} {entry['bytes']:9,} B  {1e3 * entry['seconds']:7.2f} ms  "
-            f"peak {entry['peak_mib']:6.1f} MiB, beyond imports {entry['beyond_mib']:6.1f}"
-        )
-    return {"task": "forward", "batch": arguments.batch, "rows": rows}
-
-
-def _fresh(kind: str, folder: str, batch: int) -> dict[str, float]:
-    """Run a measurement in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, __file__, "measure", kind, folder, str(batch)],
-        cwd=_ROOT,
-        env={"PYTHONPATH": str(_ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return {k: float(v) for k, v in json.loads(done.stdout).items()}
-
-
-def measure(kind: str, folder: str, batch: int) -> dict[str, float]:
-    """Return seconds of the best step, peak memory and what of it came after the imports, here and now."""
-    from profiles.memory import current_rss_mib, peak_rss_mib
-
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((batch, 3, 32, 32)).astype(np.float32)
-    y = rng.integers(0, 10, batch)
-    if kind == "ort":
-        imports = current_rss_mib()
-        bundle = read_bundle(Path(folder))
-        replica = bundle.replica()
-        forward = Forward(bundle, replica.weights)
-        step = lambda: forward.loss(x, y)
-    else:
-        import torch
-
-        from pruning.models import build_model
-
-        torch.set_num_threads(1)
-        imports = current_rss_mib()
-        net = build_model("resnet20", sample_shape=(3, 32, 32), classes=10).train()
-        optimizer = torch.optim.SGD(net.parameters(), 0.01)
-        inputs, labels = torch.from_numpy(x), torch.from_numpy(y)
-
-        def step() -> float:
-            optimizer.zero_grad()
-            loss = torch.nn.functional.cross_entropy(net(inputs), labels)
-            loss.backward()
-            optimizer.step()
-            return float(loss.detach())
-
-    times = []
-    for _ in range(15):
-        start = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - start)
-    return {"seconds": min(times), "peak_mib": peak_rss_mib(), "beyond_mib": peak_rss_mib() - imports}
-
-
 def _cost(graph: bytes) -> Mapping[str, int]:
     return graph_cost(graph).as_dict()
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run what the command line says."""
-    # This file has the name of the package that it measures: its own folder must not be searched first.
-    sys.path[:] = [str(_ROOT), *(p for p in sys.path if Path(p).resolve() != _ROOT / "benchmarks")]
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     training = commands.add_parser("train")
     training.add_argument("task", choices=TASKS)
     training.add_argument("--data", type=Path)
     training.add_argument("--seeds", type=int, default=5)
+    training.add_argument("--tuning-seeds", type=int, default=len(_TUNING_SEEDS), choices=[1, 2])
     training.add_argument("--fractions", type=float, nargs="+", default=[0.5, 0.25, 0.1])
     training.add_argument("--units", nargs="+", default=["params"], choices=["params", "macs"])
     training.add_argument("--only", nargs="+", help="Names of rows, such as 'narrow ntk'.")
     training.add_argument("--no-masks", action="store_true")
-    forwards = commands.add_parser("forward")
-    forwards.add_argument("--batch", type=int, default=32)
     tables = commands.add_parser("table")
     tables.add_argument("files", type=Path, nargs="+")
-    for command in (training, forwards):
-        command.add_argument("--out", type=Path)
-    one = commands.add_parser("measure")
-    one.add_argument("kind", choices=["ort", "torch"])
-    one.add_argument("folder")
-    one.add_argument("batch", type=int)
+    training.add_argument("--out", type=Path)
     arguments = parser.parse_args(words)
-    if arguments.command == "measure":
-        print(json.dumps(measure(arguments.kind, arguments.folder, arguments.batch)))
-        return 0
     if arguments.command == "train":
         run_training(arguments)
-    elif arguments.command == "table":
+    else:
         for path in arguments.files:
             print("\n".join(table(Journal(path).runs)), end="\n\n")
-    else:
-        found = run_forward(arguments)
-        found["machine"] = f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}"
-        if arguments.out:
-            arguments.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

@@ -1,8 +1,8 @@
 """Many agents' scalars into one: the only place where sums over agents are taken.
 
 Every sum is exact and rounded once (``math.fsum``), so that neither the order of the agents nor who added
-up what changes a bit; the result is rounded to float32 and logged, and every replica uses the logged value.
-Knows replies as rows of numbers. Does not know rounds, nor who is suspected (``outliers``).
+up what (``partial``) changes a bit; the result is rounded to float32 and logged, and every replica uses the
+logged value. Knows replies as rows of numbers. Does not know rounds, nor who is suspected (``outliers``).
 """
 
 import math
@@ -11,10 +11,20 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from coordinator.packing import Pack
+from coordinator.partial import Partial
 from edge_agent.plan import RoundPlan
 from edge_agent.wire import Reply
 
-__all__ = ["RULES", "aggregate", "aggregate_levels", "aggregate_shares", "mean_loss", "tolerated"]
+__all__ = [
+    "RULES",
+    "aggregate",
+    "aggregate_levels",
+    "aggregate_shares",
+    "mean_loss",
+    "mean_of_packs",
+    "tolerated",
+]
 
 _Matrix = NDArray[np.float64]
 
@@ -39,7 +49,13 @@ def aggregate(replies: Mapping[int, Reply], *, rule: str = "mean", liars: float 
 
 
 def aggregate_levels(
-    replies: Mapping[int, Reply], levels: Sequence[int], plan: RoundPlan, *, rule: str, liars: float
+    replies: Mapping[int, Reply],
+    levels: Sequence[int],
+    plan: RoundPlan,
+    *,
+    rule: str,
+    liars: float,
+    packs: Sequence[Pack] = (),
 ) -> NDArray[np.float32]:
     """Return a record's scalars: float32 of shape (K, ``plan.scalars``).
 
@@ -50,7 +66,10 @@ def aggregate_levels(
         plan: Of the round.
         rule: As for :func:`aggregate`.
         liars: As for :func:`aggregate`.
+        packs: In which replies came; their sums serve where the rule is a mean over all agents.
     """
+    if packs and rule == "mean" and plan.levels == plan.shares == 1:
+        return mean_of_packs(replies, packs).reshape(plan.steps, plan.scalars)
     parts = np.zeros((plan.levels, plan.steps, plan.scalars // plan.levels), np.float32)
     for level, part in enumerate(parts):
         holders = {agent: reply for agent, reply in replies.items() if levels[agent] >= level}
@@ -89,6 +108,29 @@ def aggregate_shares(
 def tolerated(agents: int, liars: float) -> int:
     """Return how many of so many agents may lie: their share, rounded up, but less than half of them."""
     return min(math.ceil(agents * liars - 1e-9), (agents - 1) // 2)
+
+
+def mean_of_packs(replies: Mapping[int, Reply], packs: Sequence[Pack]) -> NDArray[np.float32]:
+    """Return what :func:`aggregate` returns by the mean, with as little adding as can be.
+
+    Args:
+        replies: As for :func:`aggregate`.
+        packs: The sum of one counts if every reply in it is among ``replies``: the very object, since an
+            agent may have said two things.
+    """
+    rest = dict(replies)
+    parts = []
+    for pack in packs:
+        own = dict(pack.replies)
+        once = len(own) == len(pack.replies)
+        if pack.partial is not None and once and all(rest.get(agent) is own[agent] for agent in own):
+            parts.append(pack.partial)
+            for agent in own:
+                del rest[agent]
+    if rest:
+        rows = np.stack([reply.scalars for reply in rest.values()])
+        parts.append(Partial.of(rows, np.array([reply.samples for reply in rest.values()])))
+    return Partial.joined(parts).mean().astype(np.float32)
 
 
 def mean_loss(replies: Mapping[int, Reply]) -> float:

@@ -238,6 +238,8 @@ def _check_together(experiment: Experiment, faults: Faults) -> None:
                 f"is above the cohort of {experiment.cohort_size}: no round could close. "
                 'Lower it, or write "all".',
             )
+    if faults.clear("fleet", "privacy.masks") and fleet.collectors:
+        _check_collectors(experiment, faults)
     if faults.clear("method"):
         _check_method(experiment.method, faults)
     if faults.clear("privacy", "fleet", "method", "devices") and experiment.privacy.masks != "none":
@@ -276,6 +278,23 @@ def _check_together(experiment: Experiment, faults: Faults) -> None:
             "fleet.resend_s",
             fleet.resend_s,
             f"must not exceed `fleet.deadline_s` = {fleet.deadline_s:g}. Lower it.",
+        )
+
+
+def _check_collectors(experiment: Experiment, faults: Faults) -> None:
+    fleet = experiment.fleet
+    if fleet.collectors > fleet.shards:
+        faults.refuse(
+            "fleet.collectors",
+            fleet.collectors,
+            f"is more than there are shards to read. Set `fleet.shards` to {fleet.collectors} or more.",
+        )
+    if experiment.privacy.masks != "none":
+        faults.refuse(
+            "fleet.collectors",
+            fleet.collectors,
+            'will not do with `privacy.masks` = "pairwise": the coordinator reads masked replies itself. '
+            "Set it to 0.",
         )
 
 

@@ -82,7 +82,10 @@ class Pruning:
     """
 
     method: Annotated[
-        str, Choice(("ntk", "synflow", "snip", "grasp", "magnitude", "erk", "random", "uniform", "none"))
+        str,
+        Choice(
+            ("ntk", "ntk-widths", "synflow", "snip", "grasp", "magnitude", "erk", "random", "uniform", "none")
+        ),
     ] = "uniform"
     density: Annotated[
         float,
@@ -139,6 +142,8 @@ class Fleet:
         aggregation: How the agents' scalars become one: ``mean`` trusts all, ``median``, ``trimmed`` (mean
             without the smallest and largest) and ``krum`` bear some liars, and leave out who is suspected.
         liars: The share of the agents that may lie; the mean does not look at it.
+        shards: Topics over which the agents' replies are spread; fixed with the run.
+        collectors: Processes that read them and hand them up in packs, for fleets of thousands; 0 for none.
         unfit: What becomes of a board whose memory cannot hold the work: ``refuse`` the run before it begins,
             or ``fit`` a smaller batch to it, and leave it out if none fits.
     """
@@ -149,6 +154,8 @@ class Fleet:
     resend_s: Annotated[float, Number(above=0, most=86400)] = 2.0
     aggregation: Annotated[str, Choice(tuple(RULES))] = "mean"
     liars: Annotated[float, Number(least=0, most=0.49, remedy="0.2 bears one liar among five.")] = 0.2
+    shards: Annotated[int, Whole(1, 256)] = 1
+    collectors: Annotated[int, Whole(0, 64)] = 0
     unfit: Annotated[str, Choice(("refuse", "fit"))] = "refuse"
 
 

@@ -177,6 +177,10 @@ class Guard:
             numbers=self._numbers(),
         )
 
+    def files(self) -> tuple[Path, Path, Path]:
+        """Return the files by which a process of the coordinator's gets in: authority, certificate, key."""
+        return self.authority.ca, self._coordinator.certificate, self._coordinator.key
+
     def watch(self) -> frozenset[str]:
         """Look whether certificates were revoked, and if so end their connections; return who is shut out.
 

@@ -111,8 +111,11 @@ class Health:
                 f"{stuck / replica.weights.size:.1%} of the weights stand at the end of their grid: "
                 f"the steps are too large. Set method.learning_rate to {self._learning_rate / 4:g}."
             )
-        if replica.curvature is not None:
-            low, high = (float(x) for x in np.quantile(bf16_to_float(replica.curvature), [0.05, 0.95]))
+        curvature = None if replica.curvature is None else bf16_to_float(replica.curvature)
+        if replica.shared is not None:
+            curvature = replica.shared.values
+        if curvature is not None:
+            low, high = (float(x) for x in np.quantile(curvature, [0.05, 0.95]))
             if low > 0 and high / low > _SPREAD and math.isfinite(high):
                 found["spread"] = (
                     f"the curvature spreads from {low:.2g} to {high:.2g}: some perturbations are "

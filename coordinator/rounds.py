@@ -17,6 +17,7 @@ from coordinator.aggregation import aggregate_levels, mean_loss, tolerated
 from coordinator.attendance import SILENT_ROUNDS, Attendance
 from coordinator.ledger import Ledger, Work
 from coordinator.outliers import Outliers
+from coordinator.packing import Pack
 from edge_agent.cohort import Cohort
 from edge_agent.plan import RoundPlan
 from edge_agent.replay import Replica, apply_record
@@ -41,6 +42,7 @@ class _Open:
         present: Those of them who are online.
         answered: All replies that belong to the round.
         counted: Those of them that did not fail.
+        packs: In which they came, if collectors handed them up.
         uncovering: Whether a masked round waits for what undoes its masks.
     """
 
@@ -57,6 +59,7 @@ class _Open:
     extended: bool = False
     answered: dict[int, Reply] = field(default_factory=dict)
     counted: dict[int, Reply] = field(default_factory=dict)
+    packs: list[Pack] = field(default_factory=list)
     uncovering: bool = False
 
 
@@ -231,6 +234,12 @@ class Rounds:
                 actions.append(Note("smaller batch", agent, fewer))
         return actions + self._charge(opened.message, agent, reply) + self._close_if_over(now)
 
+    def note_pack(self, pack: Pack) -> None:
+        """Take in that the replies which come next are those of a pack: its sum may serve."""
+        opened = self._open
+        if opened is not None and pack.partial is not None and len(opened.packs) < len(opened.members):
+            opened.packs.append(pack)
+
     def on_tick(self, now: float) -> list[Action]:
         """Close, extend, skip or announce again, as the time says."""
         opened = self._open
@@ -351,7 +360,7 @@ class Rounds:
         if found is not None:
             scalars = found[0].reshape(plan.steps, plan.scalars)
         elif not skipped:
-            scalars = aggregate_levels(trusted, self.levels, plan, rule=rule, liars=liars)
+            scalars = aggregate_levels(trusted, self.levels, plan, rule=rule, liars=liars, packs=opened.packs)
         record = RoundRecord(plan, self._epoch, skipped, scalars, digest=0)
         apply_record(self.replica, record, check=False)
         record = record.ending(self.replica.digests())

@@ -5,10 +5,11 @@ moment: whoever starts it again on the same folder goes on where the log ends.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from coordinator.collector import collecting
 from coordinator.config import load_experiment
 from coordinator.control import Control
 from coordinator.family import read_family
@@ -33,6 +34,7 @@ def serve_run(
     on_commit: Callable[[RoundRecord, float | None], None] = lambda record, loss: None,
     on_idle: Callable[[Service], None] = lambda service: None,
     web: tuple[int, bool] | None = None,
+    tls: Sequence[Path] = (),
     farewell_s: float = 20.0,
 ) -> dict[str, Any]:
     """Run what is left of a run's rounds over a broker, and return how it ended.
@@ -44,6 +46,7 @@ def serve_run(
         on_commit: Called after every record that is on the disk.
         on_idle: Called a few times a second.
         web: Port of the web server that hands out the checkpoint, and whether it wants certificates.
+        tls: Files by which collectors get into the broker: authority, certificate, key; none in the clear.
         farewell_s: How long to wait for the agents' last word.
 
     Raises:
@@ -70,6 +73,7 @@ def serve_run(
             levels=levels,
         )
         topics = Topics("scalarfed", experiment.name)
+        names = [agent.name for agent in experiment.agents]
         if connect is not None:
             carrier, link = connect(topics)
         else:
@@ -77,6 +81,7 @@ def serve_run(
 
         def idle() -> None:
             control.poll()
+            watch_collectors()
             on_idle(service)
 
         service = Service(
@@ -84,19 +89,32 @@ def serve_run(
             topics=topics,
             log=log,
             rounds=rounds,
-            agents=[agent.name for agent in experiment.agents],
+            agents=names,
             bundle_identity=bundle.identity,
             masked=experiment.privacy.masks != "none",
             narrower=[one.identity for one in read_family(bundle.folder)[:-1]],
             privacy=privacy_of(experiment),
+            shards=experiment.fleet.shards,
+            collected=experiment.fleet.collectors > 0,
             checkpoint=run / CHECKPOINT,
             web=web,
             on_commit=on_commit,
             on_idle=idle,
         )
         control = Control(log, plans, service)
+        collectors = collecting(
+            experiment.fleet.collectors,
+            folder=run,
+            broker=broker,
+            topics=topics,
+            agents=names,
+            shards=experiment.fleet.shards,
+            tls=tls,
+            on_event=log.add_event,
+        )
         try:
-            service.run(stop=lambda: control.stopped, farewell_s=farewell_s)
+            with collectors as watch_collectors:
+                service.run(stop=lambda: control.stopped, farewell_s=farewell_s)
         finally:
             service.announce_state("finished" if rounds.finished else "stopped")
             carrier.flush(2.0)

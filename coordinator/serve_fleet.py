@@ -91,6 +91,7 @@ def serve_fleet(
             on_commit=on_commit,
             on_idle=on_idle,
             web=(web.port, guard is not None),
+            tls=() if guard is None else guard.files(),
         )
 
 

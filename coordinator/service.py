@@ -13,6 +13,7 @@ from typing import Any
 
 from coordinator.actions import Action, Announce, Commit, Late, Uncover
 from coordinator.catch_up import CatchUp
+from coordinator.packing import unpack
 from coordinator.rounds import Rounds
 from coordinator.scalar_log import ScalarLog
 from coordinator.status import read_status
@@ -52,6 +53,7 @@ class Service:
         narrower: Identities of the narrower bundles of a family, the narrowest first.
         privacy: What every agent does to its scalars: ``clip`` and ``noise``; None for nothing.
         shards: Topics over which the agents are spread.
+        collected: Whether collectors read the replies and hand them up in packs.
         checkpoint: File for the replica as it is every few hundred rounds; it bounds what a late joiner, or
             the next coordinator, has to replay. None keeps it in memory alone.
         checkpoint_every: Rounds between two of them.
@@ -80,6 +82,7 @@ class Service:
         narrower: Sequence[str] = (),
         privacy: Mapping[str, float] | None = None,
         shards: int = 1,
+        collected: bool = False,
         checkpoint: Path | None = None,
         checkpoint_every: int = 500,
         on_commit: Callable[[RoundRecord, float | None], None] = lambda record, loss: None,
@@ -102,6 +105,7 @@ class Service:
         if masked:
             rounds.unready = set(range(len(agents)))
         self._shards = shards
+        self._replies = "p" if collected else "u"
         self.late = CatchUp(
             log,
             run=topics.run,
@@ -124,7 +128,7 @@ class Service:
         self._notes_at = 0.0
         self._published: dict[str, bytes] = {}
         self._own: deque[bytes] = deque(maxlen=_OWN)  # what we said lately, which may still come back to us
-        self._foreign = False
+        self._say_again = False
         self._repeated_at = 0.0
 
     def run(self, *, stop: Callable[[], bool], farewell_s: float = 20.0) -> None:
@@ -150,7 +154,7 @@ class Service:
 
     def start(self) -> None:
         """Subscribe, publish the configuration and open the first round."""
-        for pattern in ("u/#", "st/#", "q/#", "r/#", "ctl"):
+        for pattern in (f"{self._replies}/#", "st/#", "q/#", "r/#", "ctl"):
             self._link.subscribe(self._topics.base + pattern)
         if self._rounds.replica.round:
             self._take_snapshot()
@@ -174,7 +178,7 @@ class Service:
                 break
             event = self._link.receive(0.0)
         now = self._clock()
-        if self._foreign and now - self._repeated_at >= _REPEAT_S:
+        if self._say_again and now - self._repeated_at >= _REPEAT_S:
             self._repeat(now)
         self._act(self._rounds.on_tick(now))
         if (self._events or self._late) and now - self._notes_at >= _REPEAT_S:
@@ -270,7 +274,7 @@ class Service:
 
     def _repeat(self, now: float) -> None:
         """Say again what is true, after the broker may have forgotten it, or somebody else spoke."""
-        self._foreign = False
+        self._say_again = False
         self._repeated_at = now
         self._publish_control()
         self._act(self._rounds.announce_again(now))
@@ -355,6 +359,9 @@ class Service:
         if kind in ("r", "ctl"):
             self._on_own(message)
             return
+        if kind == self._replies == "p":
+            self._on_pack(message.payload, now)
+            return
         name = rest[-1] if rest else ""
         number = self._numbers.get(name)
         if number is None:
@@ -363,7 +370,7 @@ class Service:
             self._drop("revoked", name)
         elif kind == "st" and len(rest) == 1:
             self._on_status(number, message.payload, now)
-        elif kind == "u" and rest == [str(shard_of(name, self._shards)), name]:
+        elif kind == self._replies and rest == [str(shard_of(name, self._shards)), name]:
             self._on_reply(number, message.payload, now)
         elif kind == "q" and len(rest) == 1:
             self._on_request(name, message.payload, now)
@@ -376,7 +383,7 @@ class Service:
             return
         if message.payload not in self._own:
             self._drop("foreign announcement", "", message.topic[-64:])
-            self._foreign = True
+            self._say_again = True
 
     def _on_status(self, number: int, payload: bytes, now: float) -> None:
         name = self._agents[number]
@@ -430,6 +437,24 @@ class Service:
             return
         if found is not None:
             self._act(self._rounds.on_sum(veils.round, found, now))
+
+    def _on_pack(self, payload: bytes, now: float) -> None:
+        """Take in what a collector handed up, reply by reply as if they had come one by one."""
+        try:
+            pack = unpack(payload, fleet=len(self._agents))
+        except WireError as error:
+            self._drop("malformed pack", "", str(error))
+            return
+        self._say_again = self._say_again or pack.is_hello  # it may have missed replies
+        for refused in pack.refused:
+            for _ in range(refused.times):
+                self._drop(refused.reason, refused.name, refused.text)
+        self._rounds.note_pack(pack)
+        for number, reply in pack.replies:
+            if self._agents[number] in self._shut_out:
+                self._drop("revoked", self._agents[number])
+            else:
+                self._act(self._rounds.on_reply(number, reply, now))
 
     def _on_reply(self, number: int, payload: bytes, now: float) -> None:
         if self._veils is not None and is_masked(payload):

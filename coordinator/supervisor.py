@@ -1,6 +1,6 @@
-"""Keeps the agent processes of a test-bed running, as systemd does on a board.
+"""Keeps processes running, as systemd does on a board: a test-bed's agents, and collectors.
 
-Knows commands and exit codes, not what an agent does.
+Knows commands and exit codes, not what a process does.
 """
 
 import os
@@ -37,12 +37,13 @@ class _Slot:
 
 
 class Supervisor:
-    """Starts one process per agent, and again whenever one ends.
+    """Starts processes, and again whenever one ends.
 
     Args:
-        commands: Command line by agent name.
+        commands: Command line by name.
         folder: Gets ``NAME.log`` and ``NAME.pid``.
-        on_event: Told of every restart: kind, agent, text.
+        on_event: Told of every restart: kind, name, text.
+        what: They are, in what people read.
     """
 
     def __init__(
@@ -51,7 +52,9 @@ class Supervisor:
         *,
         folder: Path,
         on_event: Callable[[str, str, str], None],
+        what: str = "agent",
     ) -> None:
+        self._what = what
         self._folder = folder
         self._on_event = on_event
         self._slots = {name: _Slot(command) for name, command in commands.items()}
@@ -60,7 +63,7 @@ class Supervisor:
         self._env = {**os.environ, **one}
 
     def start(self) -> None:
-        """End what an interrupted run left behind, then start every agent."""
+        """End what an interrupted run left behind, then start every process."""
         for name, slot in self._slots.items():
             end_orphan(self._folder / f"{name}.pid")
             self._spawn(name, slot)
@@ -69,7 +72,7 @@ class Supervisor:
         """Start again what ended; called from the main loop.
 
         Raises:
-            StateError: An agent ends again and again right after its start.
+            StateError: One ends again and again right after its start.
         """
         now = time.monotonic()
         for name, slot in self._slots.items():
@@ -78,22 +81,22 @@ class Supervisor:
                 slot.failures = slot.failures + 1 if now - slot.started_at < _HEALTHY_S else 1
                 if slot.failures >= _FAILURES:
                     raise StateError(
-                        f"agent {name} ended {_FAILURES} times right after its start, "
+                        f"{self._what} {name} ended {_FAILURES} times right after its start, "
                         f"last with exit code {code}: {self._last_line(name)}",
                         hint=f"Read {self._folder / name}.log, correct the cause, then go on with --resume.",
                     )
                 slot.child = None
                 slot.restart_at = now + min(_SLOWEST_RESTART_S, 0.2 * 2.0**slot.failures)
-                self._on_event("agent ended", name, f"exit code {code}; starting it again")
+                self._on_event(f"{self._what} ended", name, f"exit code {code}; starting it again")
             if slot.child is None and now >= slot.restart_at:
                 self._spawn(name, slot)
 
     def alive(self) -> int:
-        """Return how many agents run."""
+        """Return how many run."""
         return sum(slot.child is not None and slot.child.alive() for slot in self._slots.values())
 
     def stop(self) -> None:
-        """Ask all agents to end, and end those that do not."""
+        """Ask all to end, and end those that do not."""
         children = [slot.child for slot in self._slots.values() if slot.child is not None]
         for child in children:
             child.ask_to_end()

@@ -22,6 +22,7 @@ import numpy as np
 
 from coordinator.actions import Terms
 from coordinator.broker import Broker, open_broker, use_broker
+from coordinator.collector import collecting
 from coordinator.rounds import Rounds
 from coordinator.scalar_log import ScalarLog
 from coordinator.service import Service
@@ -48,6 +49,7 @@ _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _SPARE_FILES = 200
 _MOST_AGENTS = 20_000
 _MOST_ROUNDS = 10_000
+_MOST_COLLECTORS = 16
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,13 @@ class Load:
         agents: 1 to 20,000.
         rounds: 1 to 10,000, and one more to warm up.
         limit_s: Give up after this.
+        collectors: Processes that read the replies and hand them up in packs, 0 to 16.
     """
 
     agents: int
     rounds: int
     limit_s: float = 300.0
+    collectors: int = 0
 
     @property
     def names(self) -> list[str]:
@@ -93,6 +97,10 @@ def run_swarm(load: Load, *, broker_url: str = "", remote: bool = False) -> dict
         raise ConfigError(
             f"{broker_url} is not this machine", hint="Add --remote if that broker is yours to load."
         )
+    if not 0 <= load.collectors <= _MOST_COLLECTORS:
+        raise ConfigError(
+            f"{load.collectors} collectors: at most {_MOST_COLLECTORS}", hint="Choose fewer --collectors."
+        )
     _raise_file_limit(load.agents)
     with tempfile.TemporaryDirectory(prefix="swarm-") as scratch, contextlib.ExitStack() as stack:
         folder = Path(scratch)
@@ -109,12 +117,13 @@ def _run(load: Load, broker: Broker, folder: Path) -> dict[str, Any]:
         agent=_agent(load.names[0]),
         host=str(parts.hostname),
         port=int(parts.port or 1883),
+        shards=max(1, load.collectors),
     )
     begun = time.monotonic()
     swarm.connect(deadline_s=min(120.0, load.limit_s))
     connect_s = time.monotonic() - begun
     gc.freeze()
-    options = json.dumps([load.agents, load.rounds, load.limit_s])
+    options = json.dumps([load.agents, load.rounds, load.limit_s, load.collectors])
     command = [sys.executable, "-m", "coordinator.swarm", str(folder), broker.url, options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as coordinator:
         deadline = time.monotonic() + load.limit_s + 30.0
@@ -132,6 +141,7 @@ def _run(load: Load, broker: Broker, folder: Path) -> dict[str, Any]:
     return {
         **measured,
         "agents": load.agents,
+        "collectors": load.collectors,
         "broker": broker.kind,
         "connect_s": round(connect_s, 2),
         "connections_broken": swarm.broken,
@@ -175,10 +185,21 @@ def run_coordinator(folder: Path, broker_url: str, load: Load) -> dict[str, Any]
             rounds=rounds,
             agents=load.names,
             bundle_identity=_BUNDLE,
+            shards=max(1, load.collectors),
+            collected=load.collectors > 0,
             on_commit=on_commit,
+            on_idle=lambda: watch_collectors(),
         )
         begun_cpu = time.process_time()
-        service.run(stop=lambda: time.monotonic() > stop_at, farewell_s=0.0)
+        with collecting(
+            load.collectors,
+            folder=folder,
+            broker=broker_url,
+            topics=_TOPICS,
+            agents=load.names,
+            shards=max(1, load.collectors),
+        ) as watch_collectors:
+            service.run(stop=lambda: time.monotonic() > stop_at, farewell_s=0.0)
         cpu_s = time.process_time() - begun_cpu
         link.flush(2.0)
         link.close()

@@ -96,6 +96,7 @@ class Swarm:
         agent: The state machine that stands for all; it must be in the fleet under the first name.
         host: The broker's.
         port: The broker's.
+        shards: Over how many topics the replies are spread.
         clock: Monotonic seconds.
 
     Attributes:
@@ -111,6 +112,7 @@ class Swarm:
         agent: Agent,
         host: str,
         port: int,
+        shards: int = 1,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.replies = 0
@@ -118,6 +120,7 @@ class Swarm:
         self._topics = topics
         self._agent = agent
         self._address = (host, port)
+        self._shards = shards
         self._clock = clock
         self._selector = selectors.DefaultSelector()
         self._clients: list[_Client] = []
@@ -193,7 +196,7 @@ class Swarm:
             name,
             number,
             sock,
-            reply_topic=_text(self._topics.reply(shard_of(name, max(1, self._agent.shards)), name)),
+            reply_topic=_text(self._topics.reply(shard_of(name, self._shards), name)),
             status_topic=_text(status),
         )
         self._clients.append(client)

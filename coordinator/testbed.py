@@ -19,6 +19,7 @@ import numpy as np
 from coordinator.actions import Terms
 from coordinator.answers import Answers, RolledBack
 from coordinator.broker import Broker, open_broker
+from coordinator.collector import collecting
 from coordinator.config import dump, load_experiment
 from coordinator.control import Control
 from coordinator.evaluation import Evaluator, judge_widths
@@ -409,11 +410,26 @@ def _train(
         if text := answers.after(record.plan.round):
             observer.line(f"round {done}: {text}")
 
-    with local_fleet(experiment, out, broker, log, guard, levels) as supervisor:
+    topics = Topics("scalarfed", experiment.name)
+    names = [agent.name for agent in experiment.agents]
+    with (
+        collecting(
+            experiment.fleet.collectors,
+            folder=out,
+            broker=broker.url,
+            topics=topics,
+            agents=names,
+            shards=experiment.fleet.shards,
+            tls=() if guard is None else guard.files(),
+            on_event=log.add_event,
+        ) as watch_collectors,
+        local_fleet(experiment, out, broker, log, guard, levels) as supervisor,
+    ):
 
         def on_idle() -> None:
             control.poll()
             supervisor.watch()
+            watch_collectors()
             if guard is not None:
                 service.shut_out(guard.watch())
             # A broker that is not ours comes back by itself or by whoever runs it; the link waits for it.
@@ -421,18 +437,19 @@ def _train(
                 log.add_event("broker ended", "", f"starting {broker.kind} again")
                 broker.restart()
 
-        topics = Topics("scalarfed", _run_name(experiment))
         carrier, link = connect(broker, topics, guard)
         service = Service(
             link=link,
             topics=topics,
             log=log,
             rounds=rounds,
-            agents=[agent.name for agent in experiment.agents],
+            agents=names,
             bundle_identity=bundle.identity,
             masked=experiment.privacy.masks != "none",
             narrower=[one.identity for one in family[:-1]],
             privacy=privacy_of(experiment),
+            shards=experiment.fleet.shards,
+            collected=experiment.fleet.collectors > 0,
             checkpoint=out / CHECKPOINT,
             on_commit=on_commit,
             on_idle=on_idle,
@@ -450,10 +467,6 @@ def _train(
         if not rounds.finished:
             raise KeyboardInterrupt("scalarfed ctl stop")
     return service
-
-
-def _run_name(experiment: Experiment) -> str:
-    return experiment.name
 
 
 def _refuse_existing(out: Path) -> None:

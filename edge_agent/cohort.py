@@ -45,9 +45,15 @@ class Cohort:
 
     @classmethod
     def from_bytes(cls, bits: bytes) -> "Cohort":
-        """Return the cohort that :meth:`to_bytes` wrote."""
+        """Return the cohort that :meth:`to_bytes` wrote.
+
+        Raises:
+            WireError: The last byte of several has no bits.
+        """
         if not bits:
             return cls()
+        if len(bits) > 1 and not bits[-1]:
+            raise WireError(f"a set of agents in {len(bits)} bytes needs fewer")
         return cls(frozenset(8 * i + j for i, byte in enumerate(bits) for j in range(8) if byte >> j & 1))
 
 

@@ -29,7 +29,7 @@ class LowRank:
     Its variance is ``rank``: whoever uses it divides by the root.
 
     Attributes:
-        rank: Products that are summed.
+        rank: Products that are summed, 1 to 16.
         tensors: Where each tensor lies, (start, stop), in order.
         widths: Elements of a row of each; a tensor of one row is no matrix.
     """
@@ -40,23 +40,34 @@ class LowRank:
 
     def __call__(self, key: NoiseKey, start: int, size: int) -> NDArray[np.int32]:
         """Return elements ``start`` to ``start + size`` of the direction ``key``."""
+        found = np.empty(size, np.int32)
+        covered = start
+        for (first, last), width in zip(self.tensors, self.widths, strict=True):
+            a, b = max(first, start), min(last, start + size)
+            if a >= b or width == last - first:
+                continue
+            found[covered - start : a - start] = self._sum(key, covered, a - covered)
+            top, bottom = (a - first) // width, -(-(b - first) // width)
+            products = np.zeros((bottom - top, width), np.int8)  # at most 4 * 16
+            for number in range(self.rank):
+                left = values(_factor(key, _LEFT, number), first + top, bottom - top).astype(np.int8)
+                right = values(_factor(key, _RIGHT, number), first, width).astype(np.int8)
+                products += left[:, None] * right
+            skipped = a - first - top * width
+            found[a - start : b - start] = products.reshape(-1)[skipped : skipped + b - a]
+            covered = b
+        found[covered - start :] = self._sum(key, covered, start + size - covered)
+        return found
+
+    def _sum(self, key: NoiseKey, start: int, size: int) -> NDArray[np.int32]:
         total = np.zeros(size, np.int32)
-        for number in range(self.rank):
-            left = key._replace(perturbation=key.perturbation + _LEFT + (number << 32))
-            right = left._replace(perturbation=left.perturbation - _LEFT + _RIGHT)
-            covered = start
-            for (first, last), width in zip(self.tensors, self.widths, strict=True):
-                a, b = max(first, start), min(last, start + size)
-                if a >= b or width == last - first:
-                    continue
-                total[covered - start : a - start] += values(left, covered, a - covered)
-                top, bottom = (a - first) // width, -(-(b - first) // width)
-                product = values(left, first + top, bottom - top)[:, None] * values(right, first, width)
-                skipped = a - first - top * width
-                total[a - start : b - start] += product.reshape(-1)[skipped : skipped + b - a]
-                covered = b
-            total[covered - start :] += values(left, covered, start + size - covered)
+        for number in range(self.rank if size else 0):
+            total += values(_factor(key, _LEFT, number), start, size)
         return total
+
+
+def _factor(key: NoiseKey, side: int, number: int) -> NoiseKey:
+    return key._replace(perturbation=key.perturbation + side + (number << 32))
 
 
 @dataclass(frozen=True)

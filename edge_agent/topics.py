@@ -2,7 +2,8 @@
 
 ``<namespace>/<run>/`` and then: ``r/<shard>`` the open round, retained · ``u/<shard>/<agent>`` replies ·
 ``st/<agent>`` presence, retained, last will · ``q/<agent>`` asks for a slice of the log ·
-``a/<agent>`` answers · ``c/<agent>`` commands to a board · ``ctl`` configuration of the run, retained.
+``a/<agent>`` answers · ``p/<collector>`` many replies in one · ``c/<agent>`` commands to a board ·
+``ctl`` configuration of the run, retained.
 """
 
 import re
@@ -48,6 +49,10 @@ class Topics:
     def reply(self, shard: int, agent: str) -> str:
         """Return where an agent replies."""
         return f"{self.base}u/{shard}/{agent}"
+
+    def pack(self, collector: int) -> str:
+        """Return where a collector hands up replies to the coordinator."""
+        return f"{self.base}p/{collector}"
 
     def status(self, agent: str) -> str:
         """Return where an agent says how it is."""

@@ -21,6 +21,7 @@ from pruning.structure import Structure
 
 __all__ = ["Allocation", "Spend", "allocate", "fractions_from_densities"]
 
+_FAR = 1.5
 Spend = Callable[[Mapping[str, int]], float]
 """What a net at given widths costs; it must not fall when a width grows."""
 
@@ -97,7 +98,8 @@ def allocate(
             where ``spend`` is slow.
 
     Returns:
-        The widths that spend most without exceeding the budget, among those tried.
+        The widths of the coarsest multiple that come within the tolerance and keep near the wanted ones;
+        if none do, those that spend most without exceeding the budget.
 
     Raises:
         ModelError: Even the narrowest net costs more than the budget.
@@ -117,10 +119,10 @@ def allocate(
         widths = _round(structure, ideal, spend, budget, grid, tolerance, try_all)
         if widths is not None:
             found = Allocation(widths, spend(widths), budget, grid)
+            if found.spent >= budget * (1 - tolerance) and _near(widths, ideal):
+                return found
             if best is None or found.spent > best.spent:
                 best = found
-            if found.spent >= budget * (1 - tolerance):
-                break
         if grid == 1:
             break
         grid //= 2
@@ -186,6 +188,11 @@ def _round(
     if len(ladders) <= try_all:
         return _nearest(ladders, ideal, spend, budget, tolerance)
     return _greedy(ladders, ideal, spend, budget, tolerance)
+
+
+def _near(widths: Mapping[str, int], ideal: Mapping[str, float]) -> bool:
+    """Return whether no width is further from its ideal one than half as much again."""
+    return all(1 / _FAR <= width / ideal[name] <= _FAR for name, width in widths.items())
 
 
 def _nearest(

@@ -19,6 +19,7 @@ from edge_agent.bundle import Bundle
 from profiles.errors import ModelError
 from pruning.allocation import Spend, allocate, fractions_from_densities
 from pruning.baselines import ALL_SCORES, ONE_SHOT
+from pruning.conditioning import evenness, seek_widths
 from pruning.export import export_bundle, export_graph
 from pruning.masks import Masks, densities_of, schedule
 from pruning.models import build_model, choose_model, model_structure
@@ -39,8 +40,8 @@ __all__ = [
     "write_pruned",
 ]
 
-METHODS = ("none", "uniform", *ALL_SCORES)
-"""Names of all methods: no pruning, one factor for all widths, and every saliency."""
+METHODS = ("none", "uniform", "ntk-widths", *ALL_SCORES)
+"""Names of all methods: none, one factor for all widths, the evenest kernel, and every saliency."""
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,11 @@ def prune_model(
             seed=seed,
             labelled=None if labelled is None else standardised(labelled, standardise, classes),
         ),
+        lambda widths: build_model(
+            name, sample_shape=sample_shape, classes=classes, widths=widths, hidden=hidden
+        ),
+        sample_shape=sample_shape,
+        draws=draws,
         name=name,
         method=method,
         density=density,
@@ -213,7 +219,10 @@ def check_method(method: str) -> None:
 def plan_widths(
     structure: Structure,
     probe: Callable[[], Probe],
+    build: Callable[[Mapping[str, int]], nn.Module],
     *,
+    sample_shape: tuple[int, ...],
+    draws: int = 5,
     name: str,
     method: str,
     density: float = 0.5,
@@ -228,6 +237,9 @@ def plan_widths(
     Args:
         structure: The net's groups.
         probe: Makes the probe; called only where the method has a saliency.
+        build: Makes the net at given widths; called only where the method looks at narrow nets.
+        sample_shape: Shape of one input.
+        draws: See :func:`prune_model`.
         name: The net's name, for messages.
         method: One of METHODS.
         density: See :func:`prune_model`, and so are the following.
@@ -250,6 +262,15 @@ def plan_widths(
         return widths, {}
     if method == "random":
         return _allocate(structure, _random_fractions(structure, seed), spend, allowed), {}
+    if method == "ntk-widths":
+        with one_thread():
+            chosen = seek_widths(
+                structure,
+                lambda fractions: _allocate(structure, fractions, spend, allowed),
+                lambda widths: evenness(build, widths, sample_shape=sample_shape, draws=draws, seed=seed),
+                progress=progress,
+            )
+        return chosen, {}
     unit = "macs" if allowed.unit == "macs" else "params"
     count = getattr(structure, unit)
     found = densities_of(

@@ -73,9 +73,23 @@ def prune_module(
         )
     if structure is None:
         structure = trace_structure(module, sample_shape=sample_shape).structure
+    magnitudes = unit_magnitudes(module, structure)
+
+    def narrowed(widths: Mapping[str, int]) -> nn.Module:
+        return narrow_module(
+            module,
+            structure,
+            choose_units(structure, magnitudes, widths),
+            sample_shape=sample_shape,
+            sizes=None if sizes is None else sizes(widths),
+        )
+
     widths, densities = plan_widths(
         structure,
         lambda: make_probe(module, sample_shape=sample_shape, draws=draws, seed=seed),
+        narrowed,
+        sample_shape=sample_shape,
+        draws=draws,
         name=name,
         method=method,
         density=density,
@@ -84,13 +98,7 @@ def prune_module(
         seed=seed,
         progress=progress,
     )
-    narrow = narrow_module(
-        module,
-        structure,
-        choose_units(structure, unit_magnitudes(module, structure), widths),
-        sample_shape=sample_shape,
-        sizes=None if sizes is None else sizes(widths),
-    )
+    narrow = narrowed(widths)
     if not pretrained:
         initialise(narrow, seed=seed)
     total = structure.params(structure.dense)

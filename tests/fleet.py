@@ -72,7 +72,7 @@ class BoardInMemory:
         while self.link is not None and (event := self.link.receive(0)) is not None:
             if isinstance(event, Message) and event.topic == TOPICS.control:
                 outgoing = self.agent.on_control(json.loads(event.payload), now)
-                self.link.subscribe(TOPICS.round(shard_of(self.name, 1)))
+                self.link.subscribe(TOPICS.round(shard_of(self.name, max(1, self.agent.shards))))
             elif isinstance(event, Message):
                 outgoing = self.agent.on_message(event.payload, now)
             elif isinstance(event, Connected):
@@ -87,7 +87,8 @@ class BoardInMemory:
         assert self.link is not None
         for message in outgoing:
             if isinstance(message, Reply):
-                self.link.publish(TOPICS.reply(0, self.name), encode(message))
+                shard = shard_of(self.name, self.agent.shards)
+                self.link.publish(TOPICS.reply(shard, self.name), encode(message))
             elif isinstance(message, SliceRequest):
                 self.link.publish(TOPICS.request(self.name), encode(message))
             else:
@@ -105,6 +106,8 @@ class FleetInMemory:
     """A coordinator and its boards; every turn handles all messages that are under way."""
 
     masked = False
+    shards = 1
+    collected = False
     board = BoardInMemory
 
     def __init__(self, folder: Path, *, boards: int = 3, rounds: int = 12, **options) -> None:
@@ -147,6 +150,8 @@ class FleetInMemory:
             agents=[board.name for board in self.boards],
             bundle_identity=BUNDLE,
             masked=self.masked,
+            shards=self.shards,
+            collected=self.collected,
             clock=lambda: self.now,
         )
         self.service.start()

@@ -241,7 +241,7 @@ def test_names_in_the_file_are_those_of_the_pruning_floor(write):
 
     for names in (MODELS, WAYS):
         assert any(
-            set(re.findall(r"`(\w+)`", line.partition("one of")[2])) == set(names)
+            set(re.findall(r"`([\w-]+)`", line.partition("one of")[2])) == set(names)
             for line in said.splitlines()
         )
 
@@ -250,3 +250,12 @@ def test_a_constant_that_was_asked_for_is_never_dropped():
     """An override with a constant of another method is refused, though the file's own would be dropped."""
     with pytest.raises(ConfigError, match=r"`method\.nu` is not a known key"):
         load_experiment(ROOT / "examples" / "digits.toml", ["method.name=decomfl", "method.nu=0.1"])
+
+
+def test_collectors_need_a_shard_each_and_no_masks(write):
+    """More collectors than shards, or with masks, are refused by name; else they are taken."""
+    path = write(SMALL)
+    assert load_experiment(path, ["fleet.shards=4", "fleet.collectors=2"]).fleet.collectors == 2
+    assert "Set `fleet.shards` to 2 or more" in faults_of(path, "fleet.collectors=2")
+    masked = ("fleet.collectors=1", 'privacy.masks="pairwise"', "devices.0.count=4")
+    assert "reads masked replies itself" in faults_of(path, *masked)

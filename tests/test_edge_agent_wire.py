@@ -242,3 +242,11 @@ def test_a_cohort_holds_exactly_its_members():
     cohort = Cohort.from_bytes(Cohort(frozenset({0, 7, 8, 4999})).to_bytes())
     assert [agent for agent in range(6000) if agent in cohort] == [0, 7, 8, 4999]
     assert all(agent in Cohort.from_bytes(b"") for agent in (0, 12_345))
+
+
+def test_a_set_of_agents_in_more_bytes_than_needed_is_refused():
+    """One message has one form: a cohort with an empty last byte is none, unless it is the only one."""
+    assert Cohort.from_bytes(b"\x05").members == {0, 2}
+    assert Cohort.from_bytes(b"\x00").members == frozenset()
+    with pytest.raises(WireError, match="needs fewer"):
+        Cohort.from_bytes(b"\x05\x00")

@@ -316,6 +316,7 @@ def _first_byte(server: ssl.SSLContext, guest: socket.socket) -> bytes:
         T.control,
         T.answer("pi-1"),
         T.base + "c/pi-1",
+        T.pack(0),
         T.base + "end",
         "scalarfed/run/u/0/pi-1/more",
         "elsewhere/run/u/0/pi-1",

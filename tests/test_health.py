@@ -79,6 +79,16 @@ def test_a_wide_curvature_is_told():
     assert "spreads from 1e-06 to 1" in text
 
 
+def test_a_wide_curvature_of_tensors_is_told():
+    """The same of a curvature that tensors share."""
+    here = replica()
+    here.tensors = tuple((start, start + 16) for start in range(0, here.weights.size, 16))
+    here.prepare(METHODS["hiso-tensor"].code)
+    here.shared.values[2:] = 1e-6
+    (text,) = watch([1.0] * 30, of=here)
+    assert "spreads from 1e-06" in text
+
+
 def test_a_skipped_round_says_nothing():
     """Without a quorum there is neither loss nor scalar to judge."""
     skipped = replace(record(0, np.zeros(6)), skipped=True)

@@ -187,6 +187,13 @@ def test_fitting_meets_the_predicted_memory():
     assert pruned.params < pruned.params_dense
 
 
+def test_a_memory_below_the_narrowest_net_is_refused():
+    """The message has what the board allows and what the narrowest net needs."""
+    options = {"sample_shape": (1, 28, 28), "classes": 10}
+    with pytest.raises(ModelError, match=r"budget of 20 MiB .* narrowest net, which needs 5\d"):
+        prune_model("lenet", **options, method="uniform", allowance=fit_memory(20, "lenet", **options))
+
+
 def test_picture_shows_every_layer_and_the_budget():
     """The SVG names each layer, each group and the board, and is the same for the same facts."""
     facts = {

@@ -66,6 +66,20 @@ def test_widths_follow_the_fractions():
     assert abs(widths["stem"] - 2 * widths["point2"]) <= 8
 
 
+def test_rounding_keeps_near_what_was_asked():
+    """One factor for all widths is one for all: an MLP of 64 and 32 has no 2 neurons left at a quarter."""
+    structure = model_structure("mlp", sample_shape=(64,), classes=10)
+    found = allocate(
+        structure,
+        dict.fromkeys(structure.dense, 1.0),
+        spend=structure.params,
+        budget=6570 / 4,
+        tolerance=0.02,
+    )
+    kept = [found.widths[name] / width for name, width in structure.dense.items()]
+    assert max(kept) < 1.5 * min(kept)
+
+
 def test_whole_budget_gives_the_dense_net():
     """A budget of everything changes nothing."""
     structure = structure_of("lenet")

@@ -281,6 +281,45 @@ def test_a_secured_run_has_the_same_bits(finished, tmp_path):
     assert (out / "bundle" / "manifest.sig").stat().st_size == 64
 
 
+@needs_mosquitto
+def test_collectors_change_no_bit(finished, tmp_path):
+    """Over mutual TLS, with two collectors on three shards, a run ends with the digest of one without."""
+    _, plain = finished
+    out = tmp_path / "collected"
+    words = ("fleet.shards=3", "fleet.collectors=2", "broker.security=on")
+    collected = run(out, *SMALL, *THREE, *(word for one in words for word in ("--set", one)))
+
+    assert collected["final_digest"] == plain["final_digest"]
+    assert collected["rounds_skipped"] == 0
+    assert collected["messages_dropped"].get("malformed pack", 0) == 0
+    assert not list(out.glob("collectors/*.pid"))
+    assert len(list(out.glob("collectors/*.log"))) == 2
+
+
+@needs_mosquitto
+@pytest.mark.skipif(os.name != "posix", reason="kills with signals")
+def test_a_killed_collector_loses_no_round(finished, tmp_path):
+    """One collector after the other is killed amid a round and started again: the digest is the same."""
+    _, plain = finished
+    out = tmp_path / "killed"
+    words = ("fleet.shards=2", "fleet.collectors=2", "fleet.resend_s=20")
+    options = [word for one in words for word in ("--set", one)]
+    with subprocess.Popen(
+        [*command(out, *SMALL, *THREE, *options), "--json"], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as process:
+        for number in (6, 18):
+            wait_for_round(out, number, process)
+            os.kill(pid_in(out / "collectors" / f"collector-{number // 18}.pid"), signal.SIGKILL)
+        said, _ = process.communicate(timeout=100)
+    summary = json.loads(said)
+
+    assert summary["final_digest"] == plain["final_digest"]
+    assert summary["rounds_skipped"] == 0
+    with closing(sqlite3.connect(out / "log.sqlite")) as db:
+        ended = db.execute("SELECT agent FROM events WHERE kind = 'collector ended'").fetchall()
+    assert sorted(ended) == [("collector-0",), ("collector-1",)]
+
+
 def test_a_broker_elsewhere_in_the_clear_is_refused(tmp_path):
     """A run is not sent over a network unprotected unless somebody says that it shall be."""
     message = refused(tmp_path / "run", "--broker", "mqtt://192.0.2.1:1883", *SMALL)

@@ -51,8 +51,8 @@ def prune(
     method: Annotated[
         str | None,
         typer.Option(
-            help="uniform, the default of layers; ntk, that of masks; synflow, erk, random, magnitude, snip, "
-            "grasp, autoflip or none.",
+            help="uniform, the default of layers; ntk, that of masks; ntk-widths, synflow, erk, random, "
+            "magnitude, snip, grasp, autoflip or none.",
             show_default=False,
         ),
     ] = None,

@@ -23,12 +23,15 @@ def swarm(
     remote: Annotated[
         bool, typer.Option("--remote", help="Allow a broker beyond this machine; only if it is yours.")
     ] = False,
+    collectors: Annotated[
+        int, typer.Option(min=0, help="Processes that read the replies and hand them up in packs.")
+    ] = 0,
     limit_s: Annotated[float, typer.Option(min=1, help="Give up after so many seconds.")] = 300.0,
 ) -> None:
     """Measure rounds with a large fleet: a real broker, coordinator and log, agents that evaluate no net."""
     from coordinator.swarm import Load, run_swarm
 
-    result = run_swarm(Load(agents, rounds, limit_s), broker_url=broker or "", remote=remote)
+    result = run_swarm(Load(agents, rounds, limit_s, collectors), broker_url=broker or "", remote=remote)
     if as_json:
         typer.echo(json.dumps(result))
         return
