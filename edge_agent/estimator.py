@@ -56,12 +56,12 @@ def two_point(loss_plus: float, loss_minus: float, epsilon: float) -> np.float32
     Raises:
         EstimateError: A loss is not finite, or the difference is beyond what a record may hold.
     """
-    return _quotient(loss_plus, loss_minus, 2.0 * epsilon)
+    return np.float32(_quotient(loss_plus, loss_minus, 2.0 * epsilon))
 
 
 def one_sided(loss_plus: float, loss_here: float, epsilon: float) -> np.float32:
     """Estimate the projected gradient from L(w + epsilon * z) and L(w); see :func:`two_point`."""
-    return _quotient(loss_plus, loss_here, epsilon)
+    return np.float32(_quotient(loss_plus, loss_here, epsilon))
 
 
 def batches_per_step(plan: RoundPlan, *, central: bool) -> int:
@@ -164,17 +164,19 @@ class _Meter:
         self._head_total: NDArray[np.float64] | float = 0.0
         self._head_count = 0
 
-    def measure(self, step: int, *, central: bool) -> list[np.float32]:
+    def measure(self, step: int, *, central: bool) -> list[float]:
         """Return the P projected gradients of a step; the replica ends as it was."""
         plan = self._plan
-        scalars: list[np.float32] = []
-        reuse = method_by_code(plan.method).reuse
+        reuse = method_by_code(plan.method).reuse  # losses on the far side serve as each other's base
+        both = central and not reuse
         here = 0.0 if central or reuse else self._evaluate(0)
-        there: list[float] = []  # the losses on the far side, where they serve as each other's base
         displace: dict[int, Callable[[Sequence[Term]], None]] = {}
         for numbers, reached in _reached(self._replica, plan, self._share):
             displace |= dict.fromkeys(numbers, self._displacer(reached))
+        found: list[float] = []
         last: list[Term] = []  # what brings the replica back, in the reach of the last direction
+        number = 0
+        # Nothing else between the forwards: each leaves cold caches to the next line of Python.
         try:
             for number, key in enumerate(plan.keys(step, self._share)):
                 if last and displace[number] is not displace[number - 1]:
@@ -182,19 +184,20 @@ class _Meter:
                     last = []
                 displace[number]([*last, Term(key, 1)])  # back and there in one pass
                 last = [Term(key, -1)]
-                plus = self._evaluate(number)
-                if reuse:
-                    there.append(plus)
-                elif central:
+                found.append(self._evaluate(number))
+                if both:
                     displace[number]([Term(key, -2)])
                     last = [Term(key, 1)]
-                    scalars.append(two_point(plus, self._evaluate(number), plan.epsilon))
-                else:
-                    scalars.append(one_sided(plus, here, plan.epsilon))
+                    found.append(self._evaluate(number))
         finally:
             if last:
-                displace[min(len(scalars) + len(there), plan.perturbations - 1)](last)
-        return [one_sided(loss, _mean_of_others(there, loss), plan.epsilon) for loss in there] or scalars
+                displace[number](last)
+        if both:
+            pairs = zip(found[::2], found[1::2], strict=True)
+            return [_quotient(plus, minus, 2.0 * plan.epsilon) for plus, minus in pairs]
+        return [
+            _quotient(loss, _mean_of_others(found, loss) if reuse else here, plan.epsilon) for loss in found
+        ]
 
     def slopes(self, step: int, slope: Slope) -> list[np.float32]:
         """Return the P slopes of a step's batch along its directions; the replica is only read."""
@@ -328,11 +331,11 @@ def _mean_of_others(losses: Sequence[float], own: float) -> float:
     return (math.fsum(losses) - own) / (len(losses) - 1)
 
 
-def _quotient(loss: float, other: float, distance: float) -> np.float32:
+def _quotient(loss: float, other: float, distance: float) -> float:
+    scalar = (loss - other) / distance
+    if abs(scalar) <= LARGEST_SCALAR:  # not so if it is no number
+        return scalar
     for value in (loss, other):
         if not math.isfinite(value):
             raise EstimateError(f"a loss is {value}; a projected gradient needs finite losses")
-    scalar = (loss - other) / distance
-    if not abs(scalar) <= LARGEST_SCALAR:
-        raise EstimateError(f"a projected gradient of {scalar:g} is beyond {LARGEST_SCALAR:g}")
-    return np.float32(scalar)
+    raise EstimateError(f"a projected gradient of {scalar:g} is beyond {LARGEST_SCALAR:g}")

@@ -83,9 +83,11 @@ class Forward:
         at_once: int | None = None,
         others: Mapping[str, NDArray[np.float32]] | None = None,
     ) -> None:
-        if weights.shape != (bundle.size,) or weights.dtype != np.float32 or not weights.flags.c_contiguous:
+        fits = weights.shape == (bundle.size,) and weights.dtype == np.float32
+        if not (fits and weights.flags.c_contiguous and weights.flags.aligned):
             raise ValueError(
-                f"weights must be a contiguous float32 vector of {bundle.size}, got {weights.shape}"
+                f"weights must be an aligned, contiguous float32 vector of {bundle.size}, "
+                f"got {weights.shape} {weights.dtype}"
             )
         if at_once is not None and at_once < 1:
             raise ValueError(f"at_once must be at least 1, got {at_once}")
@@ -110,6 +112,17 @@ class Forward:
             raise BundleError(
                 f"the graph and the manifest differ in {', '.join(sorted(names ^ expected))}: "
                 "every trainable tensor is a graph input"
+            )
+        wrong = [
+            f"{node.name} is {node.type} of {node.shape}"
+            for node in self._session.get_inputs()
+            for tensor in bundle.tensors
+            if node.name == tensor.name
+            and (node.type != "tensor(float)" or tuple(node.shape) != tensor.shape)
+        ]
+        if wrong:
+            raise BundleError(
+                f"the graph's {', '.join(wrong)}: every trainable tensor is float32 of the manifest's shape"
             )
         self._bind(bundle)
         self.variant = ""

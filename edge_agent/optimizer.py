@@ -340,10 +340,10 @@ def method_by_code(code: int) -> Method:
     Raises:
         KeyError: No method has this code.
     """
-    for method in METHODS.values():
-        if method.code == code:
-            return method
-    raise KeyError(code)
+    return _BY_CODE[code]
+
+
+_BY_CODE = {method.code: method for method in METHODS.values()}
 
 
 @dataclass

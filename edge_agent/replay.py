@@ -295,7 +295,6 @@ def _update(replica: Replica, record: RoundRecord) -> None:
         replica.normaliser.observe([float(g) for g in projected.reshape(-1)], constants["smoothing"])
         rate = replica.normaliser.divide(rate)
     replica.clock.tick(constants)
-    learning = Learning(0.0, constants.get("nu", 0.0), max(constants.get("floor", 0.0), _SMALLEST_CURVATURE))
     scale = replica.noise_for(plan)[1]
     of_steps = [plan.keys(step) for step in range(plan.steps)]
     places = replica.shells(plan) if method.nested else replica.reach(plan)
@@ -305,16 +304,21 @@ def _update(replica: Replica, record: RoundRecord) -> None:
             continue
         own = record.scalars[:, level * plan.perturbations :] if method.nested else record.scalars
         keys = [[of_step[number] for number in numbers] for of_step in of_steps]
-        parts = [
-            whole_scalars(_directed(method, plan, scalars, plan.keys(step), replica.weights.size)[numbers])
-            for step, scalars in enumerate(own)
+        directed = [
+            _directed(method, plan, scalars, of_step, replica.weights.size)
+            for of_step, scalars in zip(of_steps, own, strict=True)
         ]
-        wholes = np.stack([whole for whole, _ in parts])
+        parts = [
+            whole_scalars(factors if len(numbers) == len(factors) else factors[numbers])
+            for factors in directed
+        ]
+        wholes = np.array([whole for whole, _ in parts])
         if method.moments:
             _remember(replica, plan, segments, keys[0], parts[0], rate, constants)
             continue
         amounts = [finite(scale * rate * unit / len(numbers)) for _, unit in parts]
-        learning = learning._replace(descent=float(finite(parts[-1][1] / len(numbers))))
+        floor = max(constants.get("floor", 0.0), _SMALLEST_CURVATURE)
+        learning = Learning(float(finite(parts[-1][1] / len(numbers))), constants.get("nu", 0.0), floor)
         _descend(replica, plan, segments, keys, wholes, amounts, learning)
     if plan.exact:
         for step in range(plan.steps):

@@ -77,3 +77,12 @@ def test_a_measurement_that_fails_is_told():
     with pytest.raises(BenchError, match=r"nothing.*failed.*No module") as caught:
         measure_apart("coordinator.bench.nothing", limit_s=100)
     assert caught.value.hint
+
+
+def test_a_bench_of_steps_without_torch_names_the_extra(tmp_path, monkeypatch):
+    """Where torch is not installed, the error says what to install."""
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\")")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(BenchError, match="No module named 'torch'") as caught:
+        measure_apart("coordinator.bench.steps", "lenet", "1", "0.1", limit_s=100)
+    assert "scalarfed[prune]" in (caught.value.hint or "")

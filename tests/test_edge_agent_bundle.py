@@ -1,5 +1,6 @@
 """Tests of edge_agent.bundle and edge_agent.state: what lies on a disk is checked before it is used."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -88,6 +89,17 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
     with pytest.raises(BundleError, match="not finite in bad"):
         write_bundle(tmp_path / "b", graph=b"", weights=weights, tensors=tensors, **rest)
     assert not (tmp_path / "b").exists()
+
+
+def test_weights_of_the_wrong_size_are_refused(bundle):
+    """A file that is shorter than the manifest's tensors is named, though its hash is right."""
+    path, manifest = bundle.folder / "weights.f32", bundle.folder / "manifest.json"
+    path.write_bytes(path.read_bytes()[:-4])
+    told = json.loads(manifest.read_text())
+    told["files"]["weights.f32"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    manifest.write_text(json.dumps(told))
+    with pytest.raises(BundleError, match=r"weights.f32 does not hold"):
+        read_bundle(bundle.folder)
 
 
 @pytest.fixture

@@ -219,11 +219,12 @@ def test_threads_change_no_bit(kernel: Kernel):
 
 
 def test_kernel_refuses_memory_that_it_must_not_write_to(kernel: Kernel):
-    """Wrong sizes, types, strides and read-only memory are refused before a bit changes."""
+    """Wrong sizes, types, strides, unaligned and read-only memory are refused before a bit changes."""
     key, segments = NoiseKey(0, 0, 0, 0), [Segment(0, 32, 2)]
     locked = np.zeros(32, np.float32)
     locked.flags.writeable = False
-    for weights in (np.zeros(32), np.zeros(64, np.float32)[::2], locked, np.zeros(16, np.float32)):
+    unaligned = np.zeros(129, np.uint8)[1:].view(np.float32)
+    for weights in (np.zeros(32), np.zeros(64, np.float32)[::2], locked, unaligned, np.zeros(16, np.float32)):
         with pytest.raises(ValueError, match=r"weights|segments"):
             kernel.displacer(weights, segments, epsilon=1e-3, curvature=None)
     with pytest.raises(ValueError, match="curvature"):

@@ -45,6 +45,12 @@ def measure_apart(module: str, *arguments: str, limit_s: float) -> dict[str, Any
         ) from None
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise BenchError(f"the measurement `{what}` failed: {last}")
+        missing = last.startswith("ModuleNotFoundError")
+        raise BenchError(
+            f"the measurement `{what}` failed: {last}",
+            hint="Install what builds the nets: pip install 'scalarfed[prune]'."
+            if missing
+            else BenchError.hint,
+        )
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return found

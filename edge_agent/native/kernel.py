@@ -12,6 +12,7 @@ import ctypes
 import functools
 import itertools
 import os
+import struct
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,7 @@ from profiles.errors import ConfigError
 __all__ = ["Bits", "Kernel", "Learning", "find_kernel", "kernel_name", "kernels", "load_kernels"]
 
 _ABI = 1
+_KEY = struct.Struct("=4Q")
 _BLOCK = 8192
 _REMEMBERED = 4  # replicas in use at a time, as of a run in one process
 _SHARE = 1 << 18  # elements below which a thread costs more than it saves
@@ -165,13 +167,13 @@ class Kernel:
             if not 1 <= len(terms) <= 4:
                 raise ValueError(f"one pass takes 1 to 4 terms, got {len(terms)}")
             for place, (key, count) in enumerate(terms):
-                keys[4 * place : 4 * place + 4] = key  # type: ignore[call-overload]  # any sequence will do
+                _KEY.pack_into(keys, 32 * place, *key)
                 times[place] = count
             job.terms = len(terms)
             if threads == 1 and pieces is None:
                 _check(function(path, job))
             else:
-                _spread(work, size, threads)
+                _check(_spread(work, size, threads))
 
         return displace
 
@@ -214,8 +216,8 @@ class Kernel:
             raise ValueError(
                 f"{len(keys)} steps of keys and {len(amounts)} amounts do not fit {wholes.shape}"
             )
-        fields = [field for of_step in keys for key in of_step for field in key]
-        flat = (ctypes.c_uint64 * (4 * wholes.size))(*fields)
+        chain = itertools.chain.from_iterable
+        flat = (ctypes.c_uint64 * (4 * wholes.size))(*chain(chain(keys)))
         factors = (ctypes.c_float * steps)(*amounts)
         wholes = np.ascontiguousarray(wholes, np.int32)
         whole, pieces = _whole(curvature)
@@ -246,20 +248,17 @@ class Kernel:
         def work(start: int, stop: int) -> int:
             return memory.each(start, stop, pieces, run)
 
-        _spread(work, weights.size, threads)
+        _check(_spread(work, weights.size, threads))
 
     def fold(self, words: NDArray[np.uint32], *, threads: int = 1) -> int:
         """Return the sum of scrambled block hashes; see :func:`edge_agent.digest.fold`."""
         words = np.ascontiguousarray(words, np.uint32)
-        parts: list[int] = []
+        function, path, pointer = self._library.scalarfed_fold, self._path, words.ctypes.data
 
         def work(start: int, stop: int) -> int:
-            pointer = words.ctypes.data + 4 * start
-            parts.append(self._library.scalarfed_fold(self._path, pointer, stop - start, start // 1024))
-            return 0
+            return int(function(path, pointer + 4 * start, stop - start, start // 1024))
 
-        _spread(work, words.size, threads)
-        return sum(parts) & ((1 << 64) - 1)
+        return _spread(work, words.size, threads) & ((1 << 64) - 1)
 
 
 class _Memory:
@@ -287,8 +286,8 @@ class _Memory:
                 raise ValueError(
                     f"{name} must be {weights.size} {np.dtype(dtype)}, got {array.shape} {array.dtype}"
                 )
-            if not (array.flags.c_contiguous and array.flags.writeable):
-                raise ValueError(f"{name} must be contiguous and writeable memory")
+            if not (array.flags.c_contiguous and array.flags.writeable and array.flags.aligned):
+                raise ValueError(f"{name} must be contiguous, aligned and writeable memory")
         table = np.array(segments, np.int64).reshape(-1, 3)
         if len(table) and (table[:, 1].max() > weights.size or table[:, 0].min() < 0):
             raise ValueError(f"segments end at {table[:, 1].max()}, weights at {weights.size}")
@@ -341,17 +340,19 @@ def _whole(curvature: Bits | None) -> tuple[NDArray[np.uint16] | None, Bits | No
     return (curvature, None) if curvature is None or isinstance(curvature, np.ndarray) else (None, curvature)
 
 
-def _spread(work: Callable[[int, int], int], size: int, threads: int) -> None:
-    """Call ``work(start, stop)`` on shares that begin on a block; each thread runs without Python's lock."""
-    shares = max(1, min(threads, size // _SHARE))
+def _spread(work: Callable[[int, int], int], size: int, threads: int) -> int:
+    """Call ``work(start, stop)`` on shares that begin on a block; each thread runs without Python's lock.
+
+    Returns:
+        The sum of what the calls return.
+    """
+    shares = min(threads, size // _SHARE)
+    if shares <= 1:
+        return work(0, size)
     borders = [size * share // shares // _BLOCK * _BLOCK for share in range(shares)] + [size]
-    if shares == 1:
-        failed = work(0, size)
-    else:
-        with ThreadPoolExecutor(shares - 1) as pool:
-            others = [pool.submit(work, *pair) for pair in itertools.pairwise(borders[1:])]
-            failed = work(borders[0], borders[1]) + sum(other.result() for other in others)
-    _check(failed)
+    with ThreadPoolExecutor(shares - 1) as pool:
+        others = [pool.submit(work, *pair) for pair in itertools.pairwise(borders[1:])]
+        return work(borders[0], borders[1]) + sum(other.result() for other in others)
 
 
 def _check(failed: int) -> None:

@@ -60,10 +60,18 @@ static void begin_segment(struct perturb_state *state, float step)
     }
 }
 
+INLINE void hash_terms(vu words[MOST_TERMS], uint32_t first, const struct keys *keys, int64_t terms)
+{
+    for (int64_t t = 0; t < terms; t++)
+        words[t] = prepare(hash(lanes_from(first), keys->low[t], keys->high[t]));
+}
+
 INLINE void perturb_chunks(float *weights, uint16_t *curvature, uint32_t first_word, int64_t chunks,
-                           struct perturb_state *state, float step)
+                           struct perturb_state *state, float step, int64_t terms)
 {
     const struct keys *keys = state->keys;
+    vu words[MOST_TERMS], next[MOST_TERMS];
+    hash_terms(words, first_word, keys, terms);
     if (state->step != step)
         begin_segment(state, step);
     const float amount = state->amount;
@@ -73,13 +81,16 @@ INLINE void perturb_chunks(float *weights, uint16_t *curvature, uint32_t first_w
             __builtin_prefetch(weights + AHEAD + i, 1);
         for (int lane = 0; lane < CHUNK_WORDS; lane += LANES) {
             vf sum[PLANES] = {0}, root[PLANES];
+            /* The last time words that nobody wants. */
+            hash_terms(next, first_word + (uint32_t)(lane + LANES), keys, terms);
             if (curvature) {
 #pragma GCC unroll 8
                 for (int plane = 0; plane < PLANES; plane++)
                     root[plane] = inverse_root(curvature_at(curvature + 16 * plane + lane));
             }
-            for (int64_t t = 0; t < keys->count; t++) {
-                vu word = prepare(hash(lanes_from(first_word + (uint32_t)lane), keys->low[t], keys->high[t]));
+            for (int64_t t = 0; t < terms; t++) {
+                const vu word = words[t];
+                words[t] = next[t];
 #pragma GCC unroll 8
                 for (int plane = 0; plane < PLANES; plane++) {
                     if (curvature)
@@ -105,15 +116,28 @@ INLINE void perturb_chunks(float *weights, uint16_t *curvature, uint32_t first_w
     }
 }
 
+/* There, and back and there again, are what a step does: their loops are unrolled. */
+INLINE void perturb_terms(float *weights, uint16_t *curvature, uint32_t first_word, int64_t chunks,
+                          struct perturb_state *state, float step)
+{
+    const int64_t terms = state->keys->count;
+    if (terms == 1)
+        perturb_chunks(weights, curvature, first_word, chunks, state, step, 1);
+    else if (terms == 2)
+        perturb_chunks(weights, curvature, first_word, chunks, state, step, 2);
+    else
+        perturb_chunks(weights, curvature, first_word, chunks, state, step, terms);
+}
+
 static void perturb_plain(float *weights, uint16_t *curvature, uint32_t first_word, int64_t chunks, void *state, float step)
 {
     (void)curvature;
-    perturb_chunks(weights, 0, first_word, chunks, state, step);
+    perturb_terms(weights, 0, first_word, chunks, state, step);
 }
 
 static void perturb_curved(float *weights, uint16_t *curvature, uint32_t first_word, int64_t chunks, void *state, float step)
 {
-    perturb_chunks(weights, curvature, first_word, chunks, state, step);
+    perturb_terms(weights, curvature, first_word, chunks, state, step);
 }
 
 static int perturb(const struct perturb_job *job)
