@@ -147,7 +147,7 @@ def test_two_liars_of_ten_cost_at_most_two_points(run, honest, rule, lie):
     uneven_and_exact = experiment.data.split == "dirichlet" and experiment.method.name == "deepstep"
     accuracy, suspects = train_with(run, rule=rule, lie=LIES[lie])
     if lie == "not a number" and uneven_and_exact:
-        # Nobody who is left is suspected, so the rule trims among the honest: docs/log.md has what that costs.
+        # Nobody who is left is suspected, so the rule trims among the honest: see docs/log.md.
         assert set(suspects) == set(LIARS)
         pytest.xfail(f"{accuracy:.3f}, {honest:.3f} when all are honest")
     assert accuracy >= honest - 0.02
