@@ -30,9 +30,10 @@ from coordinator.actions import Commit
 from coordinator.config import load_experiment
 from coordinator.evaluation import Evaluator
 from coordinator.experiment import Experiment
+from coordinator.open_run import rounds_of
 from coordinator.progress import Silence
 from coordinator.simulate import Spending, deal, play
-from coordinator.testbed import make_bundle, rounds_of
+from coordinator.testbed import make_bundle
 from edge_agent.data import Samples, load_samples
 
 __all__ = ["ALIASES", "TASKS", "Run", "Task", "compare", "main", "run_once", "tune"]

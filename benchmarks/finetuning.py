@@ -24,8 +24,8 @@ from torch import nn
 from coordinator.actions import Commit
 from coordinator.config import load_experiment
 from coordinator.evaluation import Evaluator
+from coordinator.open_run import rounds_of
 from coordinator.simulate import Spending, deal, play
-from coordinator.testbed import rounds_of
 from edge_agent.bundle import Bundle
 from edge_agent.data import Samples, load_samples, to_inputs
 from pruning.export import export_bundle

@@ -9,15 +9,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from coordinator.collector import collecting
 from coordinator.config import load_experiment
 from coordinator.control import Control
-from coordinator.family import read_family
-from coordinator.plans import CHANGED, Plans
-from coordinator.rebuild import CHECKPOINT, resume_replica
+from coordinator.open_run import open_run
 from coordinator.scalar_log import ScalarLog
 from coordinator.service import Service
-from coordinator.testbed import ledger_of, privacy_of, rounds_of
 from edge_agent.bundle import read_bundle
 from edge_agent.link import Link, MqttLink
 from edge_agent.topics import Topics
@@ -55,27 +51,9 @@ def serve_run(
     experiment = load_experiment(run / "experiment.toml")
     bundle = read_bundle(run / "bundle")
     with ScalarLog.open(run / "log.sqlite") as log:
-        replica = resume_replica(bundle, log, checkpoint=run / CHECKPOINT, run=experiment.name)
-        epoch = log.next_epoch()
-        log.add_event("coordinator started", "", f"epoch {epoch}, round {replica.round}")
-        plans = Plans(experiment, bundle, log.texts_of(CHANGED))
-        recent = list(log.records(max(0, replica.round - 4)))
-        levels = json.loads(log.meta().get("levels", "[]"))
-        ledger = ledger_of(experiment, bundle, log)
-        rounds = rounds_of(
-            experiment,
-            bundle,
-            replica,
-            epoch=epoch,
-            recent=recent,
-            plans=plans,
-            ledger=ledger,
-            levels=levels,
-        )
-        topics = Topics("scalarfed", experiment.name)
-        names = [agent.name for agent in experiment.agents]
+        opened = open_run(run, experiment, bundle, log)
         if connect is not None:
-            carrier, link = connect(topics)
+            carrier, link = connect(opened.topics)
         else:
             link = carrier = MqttLink(broker, client_id=f"{experiment.name}-coordinator")
 
@@ -84,45 +62,19 @@ def serve_run(
             watch_collectors()
             on_idle(service)
 
-        service = Service(
-            link=link,
-            topics=topics,
-            log=log,
-            rounds=rounds,
-            agents=names,
-            bundle_identity=bundle.identity,
-            masked=experiment.privacy.masks != "none",
-            narrower=[one.identity for one in read_family(bundle.folder)[:-1]],
-            privacy=privacy_of(experiment),
-            shards=experiment.fleet.shards,
-            collected=experiment.fleet.collectors > 0,
-            checkpoint=run / CHECKPOINT,
-            web=web,
-            on_commit=on_commit,
-            on_idle=idle,
-        )
-        control = Control(log, plans, service)
-        collectors = collecting(
-            experiment.fleet.collectors,
-            folder=run,
-            broker=broker,
-            topics=topics,
-            agents=names,
-            shards=experiment.fleet.shards,
-            tls=tls,
-            on_event=log.add_event,
-        )
+        service = opened.service(link, on_commit=on_commit, on_idle=idle, web=web)
+        control = Control(log, opened.plans, service)
         try:
-            with collectors as watch_collectors:
+            with opened.collectors(broker, tls) as watch_collectors:
                 service.run(stop=lambda: control.stopped, farewell_s=farewell_s)
         finally:
-            service.announce_state("finished" if rounds.finished else "stopped")
+            service.announce_state("finished" if opened.rounds.finished else "stopped")
             carrier.flush(2.0)
             carrier.close()
         return {
-            "rounds": replica.round,
+            "rounds": opened.replica.round,
             "rounds_skipped": log.skipped(),
-            "final_digest": f"{replica.digest():016x}",
+            "final_digest": f"{opened.replica.digest():016x}",
             "agents": {
                 name: {key: status.get(key) for key in ("state", "round", "digest")}
                 for name, status in service.statuses.items()

@@ -25,13 +25,14 @@ from coordinator.evaluation import Evaluator, judge_widths
 from coordinator.experiment import Experiment
 from coordinator.family import deal_levels, read_family
 from coordinator.health import Health
+from coordinator.open_run import rounds_of
 from coordinator.partition import partition
 from coordinator.plans import CHANGED, Plans
 from coordinator.progress import Observer, Standing
 from coordinator.rebuild import rebuild
 from coordinator.rounds import Rounds
 from coordinator.scalar_log import ScalarLog
-from coordinator.testbed import make_bundle, read_samples, rounds_of
+from coordinator.testbed import make_bundle, read_samples
 from edge_agent.bundle import Bundle
 from edge_agent.data import Samples
 from edge_agent.forward import Forward

@@ -8,18 +8,15 @@ run goes on where it stopped.
 import contextlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from coordinator.actions import Terms
 from coordinator.answers import Answers, RolledBack
 from coordinator.broker import Broker, open_broker
-from coordinator.collector import collecting
 from coordinator.config import dump, load_experiment
 from coordinator.control import Control
 from coordinator.evaluation import Evaluator, judge_widths
@@ -27,37 +24,27 @@ from coordinator.experiment import Experiment
 from coordinator.family import deal_levels, folders_of, read_family
 from coordinator.guard import Guard, connect, guard_of, needs_guard
 from coordinator.health import Health
-from coordinator.ledger import Ledger
 from coordinator.local_fleet import local_fleet
+from coordinator.open_run import open_run
 from coordinator.partition import partition
-from coordinator.plans import CHANGED, Plans
-from coordinator.pricing import price_of
 from coordinator.privacy import check_accountant
 from coordinator.progress import Observer, Standing
-from coordinator.rebuild import CHECKPOINT, resume_replica
-from coordinator.reference import Reference
 from coordinator.report import write_report
-from coordinator.rounds import Rounds
 from coordinator.scalar_log import ScalarLog
 from coordinator.service import Service
 from coordinator.summary import write_summary
 from edge_agent.bundle import Bundle, read_bundle
 from edge_agent.data import Samples, load_samples, to_inputs
 from edge_agent.optimizer import METHODS
-from edge_agent.replay import Replica
-from edge_agent.topics import Topics
 from edge_agent.wire import RoundRecord
 from profiles.cost import graph_cost
 from profiles.errors import ConfigError, DataError, ScalarfedError
 
 __all__ = [
-    "ledger_of",
     "make_bundle",
     "prepare",
-    "privacy_of",
     "read_samples",
     "refuse_unmeasurable",
-    "rounds_of",
     "run_testbed",
 ]
 
@@ -268,93 +255,6 @@ def _cost(graph: bytes) -> Mapping[str, int]:
     return graph_cost(graph).as_dict()
 
 
-def rounds_of(
-    experiment: Experiment,
-    bundle: Bundle,
-    replica: Replica,
-    *,
-    epoch: int,
-    recent: Sequence[RoundRecord] = (),
-    plans: Plans | None = None,
-    ledger: Ledger | None = None,
-    levels: Sequence[int] = (),
-) -> Rounds:
-    """Return the state machine of an experiment's rounds, not yet started.
-
-    Args:
-        experiment: What to run.
-        bundle: What is trained.
-        replica: The coordinator's, at the round to go on with.
-        epoch: Incarnation of the coordinator.
-        recent: The records just before that round.
-        plans: What each round asks; the experiment's own plans where left out.
-        ledger: What the agents may spend.
-        levels: By agent number, the width of the family that it holds.
-    """
-    asked = plans or Plans(experiment, bundle)
-    return Rounds(
-        fleet=len(experiment.agents),
-        terms_of=lambda round_: _terms(asked.experiment(round_), asked),
-        epoch=epoch,
-        replica=replica,
-        recent=recent,
-        seed=experiment.seed,
-        reference=_reference(experiment, bundle, replica),
-        ledger=ledger,
-        levels=levels,
-    )
-
-
-def ledger_of(experiment: Experiment, bundle: Bundle, log: ScalarLog) -> Ledger:
-    """Return the books of a prepared run, as the log holds them."""
-    agents = experiment.agents
-    predicted = [row.predicted_mib for row in log.fleet()]
-    batch_size, levels = experiment.method.batch_size, json.loads(log.meta().get("levels", "[]"))
-    prices = [price_of(one, predicted, batch_size=batch_size) for one in read_family(bundle.folder)]
-    return Ledger(
-        [agent.name for agent in agents],
-        [agent.budget for agent in agents],
-        lambda work: prices[levels[work.agent] if levels else 0](work),
-        today=lambda: datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        deadline_s=experiment.fleet.deadline_s,
-        stored=log.accounts(),
-    )
-
-
-def _terms(experiment: Experiment, plans: Plans) -> Terms:
-    fleet, method = experiment.fleet, experiment.method
-    return Terms(
-        plan_of=plans,
-        rounds=experiment.rounds,
-        batch_size=method.batch_size,
-        central=method.difference == "central",
-        cohort=None if fleet.cohort == "all" else fleet.cohort,
-        quorum=None if fleet.quorum == "all" else fleet.quorum,
-        deadline_s=fleet.deadline_s,
-        resend_s=fleet.resend_s,
-        rule=fleet.aggregation,
-        liars=fleet.liars,
-        private=experiment.privacy.clip > 0,
-        masked=experiment.privacy.masks != "none",
-    )
-
-
-def privacy_of(experiment: Experiment) -> dict[str, float] | None:
-    """Return what the control message asks of agents for privacy's sake, None for nothing."""
-    privacy = experiment.privacy
-    return {"clip": privacy.clip, "noise": privacy.noise} if privacy.clip else None
-
-
-def _reference(experiment: Experiment, bundle: Bundle, replica: Replica) -> Reference | None:
-    """Return what the coordinator measures itself to see who lies; the mean asks nobody.
-
-    The test samples serve for it: they decide who is trusted, and enter no scalar.
-    """
-    if experiment.fleet.aggregation == "mean" or not experiment.data.path.is_file():
-        return None
-    return Reference(bundle, replica, load_samples(experiment.data.path, "test", classes=bundle.classes))
-
-
 def _train(
     experiment: Experiment,
     out: Path,
@@ -366,25 +266,9 @@ def _train(
     guard: Guard | None,
     observer: Observer,
 ) -> Service:
-    epoch = log.next_epoch()
-    replica = resume_replica(bundle, log, checkpoint=out / CHECKPOINT, run=experiment.name)
+    run = open_run(out, experiment, bundle, log)
+    replica, plans = run.replica, run.plans
     judge = Evaluator(bundle, replica, test)
-    levels = json.loads(log.meta().get("levels", "[]"))
-    family = read_family(bundle.folder)
-    log.add_event("coordinator started", "", f"epoch {epoch}, round {replica.round}")
-    plans = Plans(experiment, bundle, log.texts_of(CHANGED))
-    recent = list(log.records(max(0, replica.round - 4)))
-    ledger = ledger_of(experiment, bundle, log)
-    rounds = rounds_of(
-        experiment,
-        bundle,
-        replica,
-        epoch=epoch,
-        recent=recent,
-        plans=plans,
-        ledger=ledger,
-        levels=levels,
-    )
     accuracy: float | None = None
 
     def evaluate_now() -> None:
@@ -410,20 +294,9 @@ def _train(
         if text := answers.after(record.plan.round):
             observer.line(f"round {done}: {text}")
 
-    topics = Topics("scalarfed", experiment.name)
-    names = [agent.name for agent in experiment.agents]
     with (
-        collecting(
-            experiment.fleet.collectors,
-            folder=out,
-            broker=broker.url,
-            topics=topics,
-            agents=names,
-            shards=experiment.fleet.shards,
-            tls=() if guard is None else guard.files(),
-            on_event=log.add_event,
-        ) as watch_collectors,
-        local_fleet(experiment, out, broker, log, guard, levels) as supervisor,
+        run.collectors(broker.url, () if guard is None else guard.files()) as watch_collectors,
+        local_fleet(experiment, out, broker, log, guard, run.levels) as supervisor,
     ):
 
         def on_idle() -> None:
@@ -437,23 +310,8 @@ def _train(
                 log.add_event("broker ended", "", f"starting {broker.kind} again")
                 broker.restart()
 
-        carrier, link = connect(broker, topics, guard)
-        service = Service(
-            link=link,
-            topics=topics,
-            log=log,
-            rounds=rounds,
-            agents=names,
-            bundle_identity=bundle.identity,
-            masked=experiment.privacy.masks != "none",
-            narrower=[one.identity for one in family[:-1]],
-            privacy=privacy_of(experiment),
-            shards=experiment.fleet.shards,
-            collected=experiment.fleet.collectors > 0,
-            checkpoint=out / CHECKPOINT,
-            on_commit=on_commit,
-            on_idle=on_idle,
-        )
+        carrier, link = connect(broker, run.topics, guard)
+        service = run.service(link, on_commit=on_commit, on_idle=on_idle)
         control = Control(log, plans, service, on_change=lambda text: observer.line(f"changed: {text}"))
         observer.stage(f"training {len(experiment.agents)} agents by {experiment.method.name}")
         if replica.round == 0:
@@ -461,10 +319,10 @@ def _train(
         try:
             service.run(stop=lambda: control.stopped)
         finally:
-            service.announce_state("finished" if rounds.finished else "stopped")
+            service.announce_state("finished" if run.rounds.finished else "stopped")
             carrier.flush(2.0)
             carrier.close()
-        if not rounds.finished:
+        if not run.rounds.finished:
             raise KeyboardInterrupt("scalarfed ctl stop")
     return service
 

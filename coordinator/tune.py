@@ -21,9 +21,10 @@ from coordinator.actions import Commit
 from coordinator.config import dump, with_settings
 from coordinator.evaluation import Evaluator
 from coordinator.experiment import Experiment
+from coordinator.open_run import rounds_of
 from coordinator.progress import Observer
 from coordinator.simulate import Spending, deal, play
-from coordinator.testbed import make_bundle, read_samples, refuse_unmeasurable, rounds_of
+from coordinator.testbed import make_bundle, read_samples, refuse_unmeasurable
 from edge_agent.bundle import Bundle, read_bundle
 from edge_agent.data import Samples
 from profiles.errors import BundleError, ConfigError

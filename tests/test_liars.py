@@ -10,10 +10,11 @@ import pytest
 from coordinator.actions import Commit, Note
 from coordinator.config import load_experiment
 from coordinator.evaluation import Evaluator
+from coordinator.open_run import rounds_of
 from coordinator.progress import LineProgress
 from coordinator.rounds import Rounds
 from coordinator.simulate import Spending, deal, play
-from coordinator.testbed import make_bundle, read_samples, rounds_of
+from coordinator.testbed import make_bundle, read_samples
 from edge_agent.wire import decode, encode
 from profiles.errors import WireError
 

@@ -265,8 +265,7 @@ def test_codes_are_never_used_twice():
 def test_the_mean_of_many_estimates_is_the_gradient():
     """Unbiased: the mean of 1e5 estimates G z lies within three standard errors of the gradient.
 
-    For eight coordinates at once the largest of eight deviations is asked to be within 4, as three standard
-    errors of one would fail by chance once in 46 such tests.
+    In each of eight coordinates; the noise has fixed keys, so that chance had its say once (1 in 46).
     """
     gradient = np.linspace(-1, 1, 8)
     count = 100_000
@@ -275,7 +274,7 @@ def test_the_mean_of_many_estimates_is_the_gradient():
     error = estimates.std(0) / np.sqrt(count)
 
     deviation = np.abs(estimates.mean(0) - gradient) / error
-    assert deviation.max() < 4
+    assert deviation.max() < 3
     assert np.sqrt((deviation**2).mean()) < 1.6
 
 

@@ -9,7 +9,9 @@ from torch import nn
 
 from pruning.conditioning import evenness, kernel_spectrum, seek_widths
 from pruning.models import build_model, model_structure
+from pruning.modules import Coupling, declare_structure
 from pruning.prune import Allowance, prune_model
+from pruning.prune_module import prune_module
 
 LENET = {"sample_shape": (1, 28, 28), "classes": 10}
 # Widths of LeNet (conv1, conv2, fc1) at a quarter of its parameters, and their accuracy on validation samples
@@ -99,3 +101,18 @@ def test_a_user_is_told_how_far_the_search_is():
     assert len(looked) <= 40
     assert seen == sorted(seen)
     assert seen[-1] == (40, 40)
+
+
+def test_a_module_of_ones_own():
+    """With its couplings declared, any module is narrowed to half of its parameters by the same search."""
+    net = nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 5))
+    couplings = [
+        Coupling("first", 24, writes=("0",), reads=("2",)),
+        Coupling("second", 16, writes=("2",), reads=("4",)),
+    ]
+    structure = declare_structure(net, couplings, sample_shape=(12,))
+    options = {"sample_shape": (12,), "classes": 5, "name": "net", "method": "ntk-widths", "density": 0.5}
+    found = prune_module(net, structure=structure, draws=2, **options)
+    assert 0.95 * 0.5 <= found.params / found.params_dense <= 0.5
+    assert sum(p.numel() for p in found.module.parameters()) == found.params
+    assert found.widths["second"] / 16 > found.widths["first"] / 24  # no bottleneck before the classes

@@ -53,7 +53,7 @@ def test_bytes_and_forwards_are_those_of_the_wire(finished):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["headstep", "hiso"])
+@pytest.mark.parametrize("method", ["deepstep", "headstep", "hiso"])
 def test_a_real_fleet_ends_with_the_same_digest(tmp_path, method):
     """Six agent processes and a broker lead to the very bits that the simulation foretold."""
     from coordinator.testbed import run_testbed

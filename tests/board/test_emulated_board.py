@@ -27,10 +27,11 @@ from coordinator.flash.card import FOLDER
 from coordinator.flash.payload import Target, cache_folder, fetch_wheels
 from coordinator.flash.volume import boot_volume_of_image
 from coordinator.guard import Guard
+from coordinator.open_run import rounds_of
 from coordinator.progress import LineProgress
 from coordinator.scalar_log import ScalarLog
 from coordinator.service import Service
-from coordinator.testbed import prepare, rounds_of
+from coordinator.testbed import prepare
 from coordinator.web import WebServer
 from edge_agent.bundle import read_bundle
 from edge_agent.topics import Topics
