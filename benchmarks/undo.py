@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from edge_agent.digest import fold
-from edge_agent.grid import Term, displacer, plan_segments, snap
+from edge_agent.grid import displacer, plan_segments, snap
 from edge_agent.native.kernel import kernel_name
 from edge_agent.noise import NoiseKey
 
@@ -40,14 +40,12 @@ def main() -> None:
     before, first = hashlib.sha256(weights.tobytes()).hexdigest(), fold(weights.view(np.uint32))
     start = time.perf_counter()
     for part, bits in enumerate((None, curvature)):
-        displace = displacer(weights, segments, epsilon=1e-3, curvature=bits)
-        last: list[Term] = []
-        for cycle in range(options.cycles // 2):
-            key = NoiseKey(SEED, cycle, part, 0)
-            displace([*last, Term(key, 1)])
-            displace([Term(key, -2)])
-            last = [Term(key, 1)]
-        displace(last)
+        keys = [NoiseKey(SEED, cycle, part, 0) for cycle in range(options.cycles // 2)]
+        displace = displacer(weights, segments, keys, epsilon=1e-3, curvature=bits)
+        for cycle in range(len(keys)):
+            displace(*((cycle - 1, 1, 1) if cycle else (0, 1)))
+            displace(cycle, -2)
+        displace(len(keys) - 1, 1)
     after = hashlib.sha256(weights.tobytes()).hexdigest()
     found = {
         "weights": options.weights,

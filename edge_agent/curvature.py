@@ -54,7 +54,7 @@ class Shared:
         self,
         segments: Sequence[Segment],
         keys: Sequence[NoiseKey],
-        wholes: NDArray[np.int32],
+        wholes: Sequence[int],
         learning: Learning,
     ) -> None:
         """Take a step in: h <- max((1 - nu) h + nu mean of Dx^2 over the group, floor), Dx = 1/P sum G z.
@@ -64,7 +64,7 @@ class Shared:
         Args:
             segments: What the step moved.
             keys: Its perturbations.
-            wholes: Its whole scalars, int32 of shape (P,).
+            wholes: Its P whole scalars.
             learning: As for one value a weight.
         """
         totals = np.zeros(self.starts.size, np.int64)

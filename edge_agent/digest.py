@@ -10,6 +10,7 @@ CRYPTO 1999, section 3 (NH).
 """
 
 import struct
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,15 +25,16 @@ _KEYS = hash_words(NoiseKey(0x6E68, 0, 0, 0), 0, BLOCK)
 _CHUNK_BLOCKS = 64
 
 
-def fold(words: NDArray[np.uint32], *, threads: int = 1) -> int:
-    """Return the 64-bit sum of the scrambled block hashes of ``words``.
+def fold(memory: NDArray[Any], *, threads: int = 1) -> int:
+    """Return the 64-bit sum of the scrambled block hashes of an array's bits.
 
     Args:
-        words: Any number of 32-bit words; a last, short block counts as if filled up with zeros.
+        memory: Contiguous, any number of 32-bit words; a last, short block counts as if filled up with zeros.
         threads: Threads of the compiled kernel.
     """
     if (kernel := find_kernel()) is not None:
-        return kernel.fold(words, threads=threads)
+        return kernel.fold(memory, threads=threads)
+    words = memory.reshape(-1).view(np.uint32)
     total = 0
     chunk = BLOCK * _CHUNK_BLOCKS
     for start in range(0, words.size, chunk):

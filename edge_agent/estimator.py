@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.grid import RESERVE_STEPS, Segment, Term, chunks, displacer, move
+from edge_agent.grid import RESERVE_STEPS, Segment, chunks, displacer, move
 from edge_agent.head import chosen, head_size
-from edge_agent.noise import values
+from edge_agent.native.kernel import Displace
+from edge_agent.noise import NoiseKey, values
 from edge_agent.optimizer import method_by_code
 from edge_agent.plan import RoundPlan
 from edge_agent.replay import Replica, move_head
@@ -170,28 +171,32 @@ class _Meter:
         reuse = method_by_code(plan.method).reuse  # losses on the far side serve as each other's base
         both = central and not reuse
         here = 0.0 if central or reuse else self._evaluate(0)
-        displace: dict[int, Callable[[Sequence[Term]], None]] = {}
+        keys = plan.keys(step, self._share)
+        displacers: dict[int, Displace] = {}
         for numbers, reached in _reached(self._replica, plan, self._share):
-            displace |= dict.fromkeys(numbers, self._displacer(reached))
+            displacers |= dict.fromkeys(numbers, self._displacer(reached, keys))
         found: list[float] = []
-        last: list[Term] = []  # what brings the replica back, in the reach of the last direction
-        number = 0
+        number, back, latest = 0, 0, displacers[0]  # `back` is what brings the replica back
         # Nothing else between the forwards: each leaves cold caches to the next line of Python.
         try:
-            for number, key in enumerate(plan.keys(step, self._share)):
-                if last and displace[number] is not displace[number - 1]:
-                    displace[number - 1](last)
-                    last = []
-                displace[number]([*last, Term(key, 1)])  # back and there in one pass
-                last = [Term(key, -1)]
+            for number in range(plan.perturbations):
+                displace = displacers[number]
+                if displace is latest and back:
+                    displace(number - 1, back, 1)  # back and there in one pass
+                else:
+                    if back:
+                        latest(number - 1, back)
+                    displace(number, 1)
+                    latest = displace
+                back = -1
                 found.append(self._evaluate(number))
                 if both:
-                    displace[number]([Term(key, -2)])
-                    last = [Term(key, 1)]
+                    displace(number, -2)
+                    back = 1
                     found.append(self._evaluate(number))
         finally:
-            if last:
-                displace[number](last)
+            if back:
+                latest(number, back)
         if both:
             pairs = zip(found[::2], found[1::2], strict=True)
             return [_quotient(plus, minus, 2.0 * plan.epsilon) for plus, minus in pairs]
@@ -242,12 +247,13 @@ class _Meter:
             self._head_count += 1
         return loss
 
-    def _displacer(self, segments: Sequence[Segment]) -> Callable[[Sequence[Term]], None]:
+    def _displacer(self, segments: Sequence[Segment], keys: Sequence[NoiseKey]) -> Displace:
         replica, plan = self._replica, self._plan
         noise, scale = replica.noise_for(plan)
         return displacer(
             replica.weights,
             segments,
+            keys,
             epsilon=plan.epsilon * scale,
             curvature=replica.curvature_for(plan),
             threads=replica.threads,

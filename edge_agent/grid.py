@@ -20,7 +20,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.native.kernel import Bits, find_kernel
+from edge_agent.native.kernel import Bits, Displace, find_kernel
 from edge_agent.noise import CHUNK, NoiseKey, chunk_words, values
 
 __all__ = [
@@ -165,47 +165,51 @@ def inverse_root(curvature: NDArray[np.uint16]) -> NDArray[np.float32]:
 def displacer(
     weights: NDArray[np.float32],
     segments: Sequence[Segment],
+    keys: Sequence[NoiseKey],
     *,
     epsilon: float,
     curvature: Bits | None = None,
     threads: int = 1,
     noise: Noise = values,
-) -> Callable[[Sequence[Term]], None]:
-    """Return a function of terms that adds ``sum_t times_t * epsilon * z_t``, in place and exactly undoable.
+) -> Displace:
+    """Return a function (number, times, following) that displaces weights, in place and exactly undoable.
 
-    z is the ``noise`` of the key, divided by sqrt(h) where there is curvature, and epsilon * z is rounded
-    to whole grid steps *before* it is multiplied. Several terms make one pass: to undo
-    the last perturbation and apply the next, pass both. The absolute ``times`` of 1 to 4 terms add up to at
-    most 4.
+    It adds ``times * epsilon * z`` of the key of that number, and ``following * epsilon * z`` of the next
+    key in the same pass: to undo one perturbation and apply the next. z is the ``noise`` of the key, divided
+    by sqrt(h) where there is curvature, and epsilon * z is rounded to whole grid steps *before* it is
+    multiplied. The absolute ``times`` and ``following`` add up to at most 4.
 
     Args:
         weights: Flat float32 vector on the grid.
         segments: Its grids.
+        keys: Of the perturbations.
         epsilon: Step of the finite difference, > 0.
         curvature: bfloat16 bits, shape of ``weights``; None for h = 1.
         threads: Threads of the compiled kernel.
         noise: What makes a direction; the compiled kernel knows plain noise alone.
     """
     if noise is values and (kernel := find_kernel()) is not None:
+        epsilon = min(epsilon, _LARGEST_FACTOR)
         return kernel.displacer(
-            weights, segments, epsilon=min(epsilon, _LARGEST_FACTOR), curvature=curvature, threads=threads
+            weights, segments, keys, epsilon=epsilon, curvature=curvature, threads=threads
         )
     amount = finite(epsilon)
     limit = np.float32(RESERVE_STEPS)
 
-    def displace(terms: Sequence[Term]) -> None:
+    def displace(number: int, times: int, following: int = 0, /) -> None:
+        terms = [Term(keys[number], times), *([Term(keys[number + 1], following)] if following else [])]
         for start, stop, exponent in chunks(segments):
             scale = step_scale(exponent)
             root = None if curvature is None else inverse_root(curvature[start:stop])
             total = np.zeros(stop - start, np.float32)
-            for key, times in terms:
+            for key, count in terms:
                 steps = noise(key, start, stop - start).astype(np.float32)
                 steps *= amount * scale
                 if root is not None:
                     steps *= root
                 np.clip(steps, -limit, limit, out=steps)
                 np.rint(steps, out=steps)
-                steps *= np.float32(times)
+                steps *= np.float32(count)
                 total += steps
             total /= scale
             weights[start:stop] += total
@@ -222,25 +226,27 @@ def perturb(
     curvature: Bits | None = None,
     threads: int = 1,
 ) -> None:
-    """Add some terms once; see :func:`displacer`."""
-    displacer(weights, segments, epsilon=epsilon, curvature=curvature, threads=threads)(terms)
+    """Add one or two terms once; see :func:`displacer`."""
+    keys = [term.key for term in terms]
+    displace = displacer(weights, segments, keys, epsilon=epsilon, curvature=curvature, threads=threads)
+    displace(0, *(term.times for term in terms))
 
 
-def whole_scalars(scalars: Sequence[np.float32] | NDArray[np.float32]) -> tuple[NDArray[np.int32], float]:
+def whole_scalars(scalars: Sequence[np.float32] | NDArray[np.float32]) -> tuple[list[int], float]:
     """Return scalars as whole numbers in [-16256, 16256] and the unit that they count.
 
     Whole numbers make the sum over perturbations exact in any order, and cheap on every processor; they
     are off by at most 3.1e-5 of the largest scalar.
     """
-    exact = np.asarray(scalars, np.float64)
-    unit = float(np.abs(exact).max()) / _LARGEST_WHOLE
+    exact = np.asarray(scalars).tolist()
+    unit = max(map(abs, exact)) / _LARGEST_WHOLE
     if unit == 0.0:
-        return np.zeros(exact.shape, np.int32), 0.0
-    return np.rint(exact / unit).astype(np.int32), unit
+        return [0] * len(exact), 0.0
+    return [round(scalar / unit) for scalar in exact], unit
 
 
 def weighted_noise(
-    keys: Sequence[NoiseKey], wholes: NDArray[np.int32], start: int, size: int, noise: Noise = values
+    keys: Sequence[NoiseKey], wholes: Sequence[int], start: int, size: int, noise: Noise = values
 ) -> NDArray[np.float32]:
     """Return ``sum_p wholes_p * z_p``, exact in int32 for up to 65535 perturbations, as float32."""
     total = np.zeros(size, np.int32)
@@ -312,7 +318,7 @@ def move(
             weights,
             segments,
             [keys],
-            wholes[None],
+            [wholes],
             [amount],
             largest_move=limit,
             largest_weight=NO_LIMIT,

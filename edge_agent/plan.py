@@ -5,7 +5,6 @@ know bytes (``wire``), nor what a method does with the scalars (``replay``).
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import repeat
 
 import numpy as np
@@ -67,10 +66,11 @@ class RoundPlan:
         """Scalars that an agent sends for a local step: the projected gradients of its own share alone."""
         return self.perturbations + self.exact + method_by_code(self.method).losses
 
-    @cached_property
+    @property
     def shares(self) -> int:
         """Into how many shares the agents are dealt, each with perturbations of its own; mostly 1."""
-        return int(method_by_code(self.method).named(self.constants).get("shares", 1.0))
+        method = method_by_code(self.method)
+        return int(method.named(self.constants)["shares"]) if "shares" in method.constants else 1
 
     @property
     def projected(self) -> int:
@@ -89,7 +89,8 @@ class RoundPlan:
 
     def keys(self, step: int, share: int | None = None) -> list[NoiseKey]:
         """Return the noise keys of a local step's perturbations: those of one share, or all."""
-        return list(map(NoiseKey, repeat(self.seed), repeat(self.round), repeat(step), self.numbers(share)))
+        fields = zip(repeat(self.seed), repeat(self.round), repeat(step), self.numbers(share))
+        return list(map(NoiseKey._make, fields))
 
 
 def _single(value: float) -> float:

@@ -96,14 +96,14 @@ class Replica:
         """Return 64 bits of all that the next rounds depend on."""
         curvature = 0
         if self.curvature is not None:
-            curvature = fold(self.curvature.view(np.uint32), threads=self.threads)
+            curvature = fold(self.curvature, threads=self.threads)
         elif self.shared is not None:
-            curvature = fold(self.shared.values.view(np.uint32), threads=self.threads)
+            curvature = fold(self.shared.values, threads=self.threads)
         scalars = of_floats(self.normaliser.mean_square, self.normaliser.weight)
-        digest = join(fold(self.weights.view(np.uint32), threads=self.threads), curvature, scalars)
+        digest = join(fold(self.weights, threads=self.threads), curvature, scalars)
         if self.moments is None:
             return digest
-        moments = fold(self.moments.reshape(-1).view(np.uint32), threads=self.threads)
+        moments = fold(self.moments, threads=self.threads)
         return join(digest, moments, of_floats(self.clock.first, self.clock.second))
 
     @property
@@ -146,16 +146,16 @@ class Replica:
         be asked for before it displaces a weight.
         """
         method = method_by_code(plan.method)
-        constants = method.named(plan.constants)
         if method.directions == "sparse":
-            named = (plan.seed, constants["kept"])
+            named = (plan.seed, method.named(plan.constants)["kept"])
             if self._mask is None or self._mask[0] != named:
                 self._mask = (named, sparse_mask(self.weights.size, *named))
             return self._mask[1]
         if method.curvature == "scale":
             if self._scales is None or self._scales[0] != self.round:
                 self._scales = (self.round, self.groups("tensor"))
-                scales(self.weights, self.segments, self._scales[1], constants["floor"])
+                floor = method.named(plan.constants)["floor"]
+                scales(self.weights, self.segments, self._scales[1], floor)
             return self._scales[1]
         if method.group:
             return self.shared
@@ -312,7 +312,7 @@ def _update(replica: Replica, record: RoundRecord) -> None:
             whole_scalars(factors if len(numbers) == len(factors) else factors[numbers])
             for factors in directed
         ]
-        wholes = np.array([whole for whole, _ in parts])
+        wholes = [whole for whole, _ in parts]
         if method.moments:
             _remember(replica, plan, segments, keys[0], parts[0], rate, constants)
             continue
@@ -398,7 +398,7 @@ def _descend(
     plan: RoundPlan,
     segments: Sequence[Segment],
     keys: Sequence[Sequence[NoiseKey]],
-    wholes: NDArray[np.int32],
+    wholes: Sequence[Sequence[int]],
     amounts: Sequence[np.float32],
     learning: Learning,
 ) -> None:
@@ -450,7 +450,7 @@ def _remember(
     plan: RoundPlan,
     segments: Sequence[Segment],
     keys: Sequence[NoiseKey],
-    part: tuple[NDArray[np.int32], float],
+    part: tuple[Sequence[int], float],
     rate: float,
     constants: Mapping[str, float],
 ) -> None:

@@ -88,7 +88,7 @@ def test_whole_scalars_stay_within_half_a_unit():
     wholes, unit = whole_scalars(scalars)
 
     assert np.abs(wholes).max() == 16256
-    assert np.abs(wholes * unit - scalars).max() <= unit / 2
+    assert np.abs(np.array(wholes) * unit - scalars).max() <= unit / 2
     assert whole_scalars(np.zeros(3, np.float32))[1] == 0.0
 
 

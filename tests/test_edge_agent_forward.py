@@ -124,5 +124,5 @@ def test_a_map_of_the_weight_file_serves_forwards_and_no_perturbation(tmp_path, 
     mapped = bundle.mapped_weights()
     assert Forward(bundle, mapped).loss(X, Y) == Forward(bundle, bundle.replica().weights).loss(X, Y)
     with pytest.raises(ValueError, match=r"writeable|read-only"):
-        displacer(mapped, bundle.segments, epsilon=1e-3)([(NoiseKey(0, 0, 0, 0), 1)])
+        displacer(mapped, bundle.segments, [NoiseKey(0, 0, 0, 0)], epsilon=1e-3)(0, 1)
     assert (bundle.folder / "weights.f32").read_bytes() == before

@@ -137,7 +137,7 @@ def test_scalars_become_whole_numbers_to_a_thirty_thousandth():
     scalars = np.array([3.0, -7.5, 0.001, 0.0], np.float32)
     wholes, unit = whole_scalars(scalars)
     assert np.abs(wholes).max() == 16256
-    assert np.abs(wholes * unit - scalars).max() <= unit / 2 * 1.001
+    assert np.abs(np.array(wholes) * unit - scalars).max() <= unit / 2 * 1.001
 
 
 def test_neighbours_with_one_grid_are_joined():

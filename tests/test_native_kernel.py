@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from edge_agent import digest, grid
-from edge_agent.grid import RESERVE_STEPS, Segment, Term
+from edge_agent.grid import RESERVE_STEPS, Segment
 from edge_agent.native.build import SOURCES, build
 from edge_agent.native.kernel import Kernel, find_kernel, kernel_name, load_kernels
 from edge_agent.native.library import library_name
@@ -87,18 +87,16 @@ def same_bits(a: NDArray[np.generic], b: NDArray[np.generic]) -> bool:
 @pytest.mark.parametrize("curved", [False, True])
 @pytest.mark.parametrize("size", SIZES)
 def test_perturb_has_numpys_bits(kernel: Kernel, size: int, curved: bool):
-    """One pass of one to three terms, clamped ones among them, gives what numpy gives."""
+    """One pass of one or two directions, clamped ones among them, gives what numpy gives."""
     segments = borders(size)
     curvature = random_curvature(size) if curved else None
-    for terms in ([(3, 1)], [(3, -2)], [(3, -1), (4, 1)], [(3, 1), (4, 1), (5, -2)]):
+    keys = [NoiseKey(2**64 - 1, 7, 0, number) for number in range(3, 6)]
+    for asked in [(0, 1), (2, -2), (0, -1, 1), (1, 1, -3)]:
         ours, theirs = random_weights(size, segments), random_weights(size, segments)
-        keys = [NoiseKey(2**64 - 1, 7, 0, number) for number, _ in terms]
         for epsilon in (1e-3, 0.7):
-            kernel.displacer(ours, segments, epsilon=epsilon, curvature=curvature)(
-                [(key, times) for key, (_, times) in zip(keys, terms, strict=True)]
-            )
-            together = [Term(key, times) for key, (_, times) in zip(keys, terms, strict=True)]
-            grid.perturb(theirs, segments, together, epsilon=epsilon, curvature=curvature)
+            how = {"epsilon": epsilon, "curvature": curvature}
+            kernel.displacer(ours, segments, keys, **how)(*asked)
+            grid.displacer(theirs, segments, keys, **how)(*asked)
 
         assert same_bits(ours, theirs)
 
@@ -121,7 +119,7 @@ def test_move_has_numpys_bits(kernel: Kernel, size: int, perturbations: int, cur
             ours,
             segments,
             [keys],
-            wholes[None],
+            [wholes],
             [amount],
             largest_move=RESERVE_STEPS // 3,
             largest_weight=1 << 26,
@@ -195,12 +193,12 @@ def test_threads_change_no_bit(kernel: Kernel):
     size = 1_200_016
     segments = [Segment(0, 500_000, 2), Segment(500_000, size, 5)]
     keys = [NoiseKey(1, 1, 1, number) for number in range(2)]
-    wholes = np.array([[5, -16256]], np.int32)
+    wholes = [[5, -16256]]
     results = []
     for threads in (1, 2, 3):
         weights, curvature = random_weights(size, segments), random_curvature(size)
-        displace = kernel.displacer(weights, segments, epsilon=1e-3, curvature=curvature, threads=threads)
-        displace([(keys[0], 1), (keys[1], -1)])
+        how = {"epsilon": 1e-3, "curvature": curvature, "threads": threads}
+        kernel.displacer(weights, segments, keys, **how)(0, 1, -1)
         limits = {"largest_move": 1 << 21, "largest_weight": 3 << 22, "direction": 1}
         kernel.update(
             weights,
@@ -220,17 +218,29 @@ def test_threads_change_no_bit(kernel: Kernel):
 
 def test_kernel_refuses_memory_that_it_must_not_write_to(kernel: Kernel):
     """Wrong sizes, types, strides, unaligned and read-only memory are refused before a bit changes."""
-    key, segments = NoiseKey(0, 0, 0, 0), [Segment(0, 32, 2)]
+    keys, segments = [NoiseKey(0, 0, 0, 0)], [Segment(0, 32, 2)]
     locked = np.zeros(32, np.float32)
     locked.flags.writeable = False
     unaligned = np.zeros(129, np.uint8)[1:].view(np.float32)
     for weights in (np.zeros(32), np.zeros(64, np.float32)[::2], locked, unaligned, np.zeros(16, np.float32)):
         with pytest.raises(ValueError, match=r"weights|segments"):
-            kernel.displacer(weights, segments, epsilon=1e-3, curvature=None)
+            kernel.displacer(weights, segments, keys, epsilon=1e-3, curvature=None)
+    weights, short = np.zeros(32, np.float32), np.ones(16, np.uint16)
     with pytest.raises(ValueError, match="curvature"):
-        kernel.displacer(np.zeros(32, np.float32), segments, epsilon=1e-3, curvature=np.ones(16, np.uint16))
-    with pytest.raises(ValueError, match="terms"):
-        kernel.displacer(np.zeros(32, np.float32), segments, epsilon=1e-3, curvature=None)([(key, 1)] * 5)
+        kernel.displacer(weights, segments, keys, epsilon=1e-3, curvature=short)
+
+
+def test_kernel_reads_no_key_beyond_its_keys(kernel: Kernel):
+    """A number without a key, or without one to follow it, is refused before a bit changes."""
+    keys, weights = [NoiseKey(0, 0, 0, number) for number in range(2)], np.zeros(32, np.float32)
+    displace = kernel.displacer(weights, [Segment(0, 32, 2)], keys, epsilon=1e-3, curvature=None)
+    for asked in [(2, 1), (-1, 1), (1, 1, 1), (-1, 1, 1)]:
+        with pytest.raises(ValueError, match="no number"):
+            displace(*asked)
+
+    assert not weights.any()
+    displace(1, 1)
+    assert weights.any()
 
 
 def test_variable_chooses_the_path(monkeypatch: pytest.MonkeyPatch):
@@ -271,10 +281,10 @@ def cycle(kernel: Kernel, size: int, cycles: int) -> tuple[NDArray[np.float32], 
     for number in range(cycles // 2):
         keys = [NoiseKey(0, number, 0, perturbation) for perturbation in range(2)]
         how = {"epsilon": 1e-3, "curvature": curvature if number % 2 else None}
-        displace = kernel.displacer(weights, segments, **how)
-        displace([(keys[0], 1)])
-        displace([(keys[0], -1), (keys[1], 1)])
-        displace([(keys[1], -1)])
+        displace = kernel.displacer(weights, segments, keys, **how)
+        displace(0, 1)
+        displace(0, -1, 1)
+        displace(1, -1)
     return before, weights
 
 

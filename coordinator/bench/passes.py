@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.grid import Segment, Term, displacer
+from edge_agent.grid import Segment, displacer
 from edge_agent.native.kernel import kernel_name
 from edge_agent.noise import NoiseKey
 from edge_agent.optimizer import METHODS
@@ -93,8 +93,8 @@ def _works(
     """Return one pass over the memory, a perturbation (there, and back at the next turn), and a replay."""
     method = METHODS["decomfl" if bits is None else "hiso"]
     replica = Replica(vector, segments, curvature=bits)
-    displace = displacer(vector, segments, epsilon=1e-3, curvature=bits)
-    key, sign = NoiseKey(7, 0, 0, 0), [1]
+    displace = displacer(vector, segments, [NoiseKey(7, 0, 0, 0)], epsilon=1e-3, curvature=bits)
+    sign = [1]
     scalars = np.linspace(-1, 1, _PERTURBATIONS, dtype=np.float32)[None]
 
     def memory_pass() -> None:
@@ -103,7 +103,7 @@ def _works(
             np.bitwise_or(bits, np.uint16(0), out=bits)
 
     def perturb() -> None:
-        displace([Term(key, sign[0])])
+        displace(0, sign[0])
         sign[0] = -sign[0]
 
     def replay() -> None:

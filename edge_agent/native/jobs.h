@@ -1,4 +1,4 @@
-/* What the caller hands over; mirrored field by field in kernel.py. */
+/* What the caller hands over, in one piece of memory: a job, then its lists. kernel.py packs it field by field. */
 #ifndef SCALARFED_JOBS_H
 #define SCALARFED_JOBS_H
 
@@ -13,22 +13,17 @@ struct span {
     int64_t start, stop;
 };
 
-/* w += sum of times * round(epsilon * z) over terms. */
+/* w += times * round(epsilon * z) of one key, and following times that of the next. */
 struct perturb_job {
     struct span span;
-    const uint64_t *keys;  /* terms rows of four fields */
-    const int32_t *times;  /* terms */
-    int64_t terms;
     float epsilon;
+    int32_t count; /* of keys: rows of four fields, behind the job */
 };
 
 /* w -= round(amount * sum of wholes * z) for each step; then, if asked, learn the curvature. */
 struct update_job {
     struct span span;
-    const uint64_t *keys;   /* steps * perturbations rows of four fields */
-    const int32_t *wholes;  /* steps * perturbations */
-    const float *amounts;   /* steps */
-    int64_t steps, perturbations;
+    int64_t steps, perturbations; /* as many rows of keys lie behind the job, then wholes, then amounts */
     float largest_move;     /* in grid steps */
     float largest_weight;   /* in grid steps; beyond any reach where a move must be taken back */
     float direction;        /* 1, or -1 to take a move back */
@@ -57,11 +52,11 @@ struct filter_job {
     int32_t narrow; /* only the output channels are blocked */
 };
 
-/* One compiled path. The functions return 0, or -1 where memory ran out. */
+/* One compiled path. `perturb` returns -1 where there is no such key, `update` where memory ran out; else 0. */
 struct path {
     const char *name;
     int (*supported)(void);
-    int (*perturb)(const struct perturb_job *);
+    int (*perturb)(const struct perturb_job *, int64_t number, int32_t times, int32_t following);
     int (*update)(const struct update_job *);
     uint64_t (*fold)(const uint32_t *words, int64_t size, int64_t first_block);
     int lanes;

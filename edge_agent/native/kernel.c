@@ -22,7 +22,7 @@ extern const struct path path_vector4;
 static const struct path *const PATHS[] = {&path_scalar, &path_vector4};
 #endif
 
-EXPORT int scalarfed_abi(void) { return 1; }
+EXPORT int scalarfed_abi(void) { return 2; }
 
 EXPORT int scalarfed_paths(void) { return (int)(sizeof PATHS / sizeof *PATHS); }
 
@@ -40,7 +40,10 @@ EXPORT int scalarfed_image_block(void)
 #endif
 }
 
-EXPORT int scalarfed_perturb(int path, const struct perturb_job *job) { return PATHS[path]->perturb(job); }
+EXPORT int scalarfed_perturb(int path, const struct perturb_job *job, int64_t number, int32_t times, int32_t following)
+{
+    return PATHS[path]->perturb(job, number, times, following);
+}
 
 EXPORT int scalarfed_update(int path, const struct update_job *job) { return PATHS[path]->update(job); }
 

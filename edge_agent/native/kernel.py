@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,54 +25,22 @@ from numpy.typing import NDArray
 from edge_agent.native.library import library_name
 from profiles.errors import ConfigError
 
-__all__ = ["Bits", "Kernel", "Learning", "find_kernel", "kernel_name", "kernels", "load_kernels"]
+__all__ = ["Bits", "Displace", "Kernel", "Learning", "find_kernel", "kernel_name", "kernels", "load_kernels"]
 
-_ABI = 1
-_KEY = struct.Struct("=4Q")
+_ABI = 2
 _BLOCK = 8192
 _REMEMBERED = 4  # replicas in use at a time, as of a run in one process
 _SHARE = 1 << 18  # elements below which a thread costs more than it saves
 _PIECE = 1 << 15  # elements whose curvature is made at a time, where there is no array of it; whole blocks
 
 
-class _Span(ctypes.Structure):
-    _fields_ = (
-        ("weights", ctypes.c_void_p),
-        ("curvature", ctypes.c_void_p),
-        ("segments", ctypes.c_void_p),
-        ("segment_count", ctypes.c_int64),
-        ("start", ctypes.c_int64),
-        ("stop", ctypes.c_int64),
-    )
+# The fields of jobs.h, as a C compiler lays them out: one packing where structures take dozens of calls.
+_SPAN = "PPPqqq"
+_PERTURB = struct.Struct(_SPAN + "fi")
+_UPDATE = struct.Struct(_SPAN + "qqfffiffff")
 
-
-class _PerturbJob(ctypes.Structure):
-    _fields_ = (
-        ("span", _Span),
-        ("keys", ctypes.POINTER(ctypes.c_uint64)),
-        ("times", ctypes.POINTER(ctypes.c_int32)),
-        ("terms", ctypes.c_int64),
-        ("epsilon", ctypes.c_float),
-    )
-
-
-class _UpdateJob(ctypes.Structure):
-    _fields_ = (
-        ("span", _Span),
-        ("keys", ctypes.POINTER(ctypes.c_uint64)),
-        ("wholes", ctypes.c_void_p),
-        ("amounts", ctypes.POINTER(ctypes.c_float)),
-        ("steps", ctypes.c_int64),
-        ("perturbations", ctypes.c_int64),
-        ("largest_move", ctypes.c_float),
-        ("largest_weight", ctypes.c_float),
-        ("direction", ctypes.c_float),
-        ("learn", ctypes.c_int32),
-        ("descent", ctypes.c_float),
-        ("keep", ctypes.c_float),
-        ("nu", ctypes.c_float),
-        ("floor", ctypes.c_float),
-    )
+_Span: TypeAlias = tuple[int, int, int, int, int, int]
+_Key: TypeAlias = tuple[int, int, int, int]
 
 
 class Learning(NamedTuple):
@@ -97,7 +65,12 @@ class Bits(Protocol):
         ...
 
 
-_Term: TypeAlias = tuple[tuple[int, int, int, int], int]
+class Displace(Protocol):
+    """Displaces weights by ``times`` times one direction and ``following`` times the one after it."""
+
+    def __call__(self, number: int, times: int, following: int = 0, /) -> None:
+        """Displace them, in one pass."""
+        ...
 
 
 class Kernel:
@@ -120,6 +93,7 @@ class Kernel:
         self.file = file
         self.image_block = int(library.scalarfed_image_block())
         self._seen: dict[tuple[int, int], _Memory] = {}
+        self._addresses: dict[int, tuple[weakref.ref[NDArray[Any]], int]] = {}
 
     def _memory(
         self,
@@ -132,48 +106,41 @@ class Kernel:
         found = self._seen.get(name)
         if found is None or not found.is_of(weights, segments, curvature):
             found = self._seen[name] = _Memory(weights, segments, curvature)
-            while len(self._seen) > _REMEMBERED:
-                self._seen.pop(next(iter(self._seen)), None)
+            _forget(self._seen)
         return found
 
     def displacer(
         self,
         weights: NDArray[np.float32],
         segments: Sequence[tuple[int, int, int]],
+        keys: Sequence[_Key],
         *,
         epsilon: float,
         curvature: Bits | None,
         threads: int = 1,
-    ) -> Callable[[Sequence[_Term]], None]:
-        """Return a function of terms that displaces the weights; see :func:`edge_agent.grid.displacer`.
+    ) -> Displace:
+        """Return a function that displaces the weights; see :func:`edge_agent.grid.displacer`.
 
         Raises:
-            ValueError: The arrays are not what the kernel may write to; from the function: there are not 1
-                to 4 terms.
+            ValueError: The arrays are not what the kernel may write to; from the function: there is no key
+                of that number, or none after it.
         """
         whole, pieces = _whole(curvature)
         memory = self._memory(weights, segments, whole)
-        function, path, size = self._library.scalarfed_perturb, self._path, weights.size
-        keys, times = (ctypes.c_uint64 * 16)(), (ctypes.c_int32 * 4)()
-        job = _PerturbJob(memory.span(0, size), keys, times, 0, epsilon)
+        function, path, size, count = self._library.scalarfed_perturb, self._path, weights.size, len(keys)
+        flat = struct.pack(f"{4 * count}Q", *itertools.chain.from_iterable(keys))
+        job = _PERTURB.pack(*memory.span(0, size), epsilon, count) + flat
+        alone = threads == 1 and pieces is None
 
-        def run(span: _Span) -> int:
-            return int(function(path, _PerturbJob(span, keys, times, job.terms, epsilon)))
+        def shared(*asked: int) -> int:
+            def run(span: _Span) -> int:
+                return int(function(path, _PERTURB.pack(*span, epsilon, count) + flat, *asked))
 
-        def work(start: int, stop: int) -> int:
-            return memory.each(start, stop, pieces, run)
+            return _spread(lambda start, stop: memory.each(start, stop, pieces, run), size, threads)
 
-        def displace(terms: Sequence[_Term]) -> None:
-            if not 1 <= len(terms) <= 4:
-                raise ValueError(f"one pass takes 1 to 4 terms, got {len(terms)}")
-            for place, (key, count) in enumerate(terms):
-                _KEY.pack_into(keys, 32 * place, *key)
-                times[place] = count
-            job.terms = len(terms)
-            if threads == 1 and pieces is None:
-                _check(function(path, job))
-            else:
-                _check(_spread(work, size, threads))
+        def displace(number: int, times: int, following: int = 0, /) -> None:
+            if function(path, job, number, times, following) if alone else shared(number, times, following):
+                raise ValueError(f"{count} keys have no number {number}, or none to follow it")
 
         return displace
 
@@ -181,8 +148,8 @@ class Kernel:
         self,
         weights: NDArray[np.float32],
         segments: Sequence[tuple[int, int, int]],
-        keys: Sequence[Sequence[tuple[int, int, int, int]]],
-        wholes: NDArray[np.int32],
+        keys: Sequence[Sequence[_Key]],
+        wholes: Sequence[Sequence[int]],
         amounts: Sequence[np.float32],
         *,
         largest_move: int,
@@ -198,7 +165,7 @@ class Kernel:
             weights: Flat float32 vector on the grid, changed in place.
             segments: Its grids.
             keys: K sequences of P noise keys.
-            wholes: Whole scalars, int32 of shape (K, P).
+            wholes: K sequences of P whole scalars.
             amounts: K factors from whole scalars to weights.
             largest_move: Grid steps that one update may move a weight.
             largest_weight: Grid steps beyond which no update moves a weight.
@@ -210,16 +177,15 @@ class Kernel:
         Raises:
             ValueError: The arrays are not what the kernel may write to, or do not fit each other.
         """
-        steps, perturbations = wholes.shape
-        fits = [len(of_step) for of_step in keys] == [perturbations] * steps and len(amounts) == steps
-        if not (fits and perturbations):
+        steps, perturbations = len(wholes), len(wholes[0])
+        fits = [len(of_step) for of_step in (*keys, *wholes)] == [perturbations] * (2 * steps)
+        if not (fits and perturbations and len(amounts) == steps):
             raise ValueError(
-                f"{len(keys)} steps of keys and {len(amounts)} amounts do not fit {wholes.shape}"
+                f"{len(keys)} steps of keys and {len(amounts)} amounts do not fit "
+                f"{steps} steps of {perturbations} scalars"
             )
-        chain = itertools.chain.from_iterable
-        flat = (ctypes.c_uint64 * (4 * wholes.size))(*chain(chain(keys)))
-        factors = (ctypes.c_float * steps)(*amounts)
-        wholes = np.ascontiguousarray(wholes, np.int32)
+        chain, count = itertools.chain.from_iterable, steps * perturbations
+        lists = struct.pack(f"{4 * count}Q{count}i{steps}f", *chain(chain(keys)), *chain(wholes), *amounts)
         whole, pieces = _whole(curvature)
         if pieces is not None and learning is not None:
             raise ValueError("a curvature without an array cannot be learned here")
@@ -231,34 +197,32 @@ class Kernel:
         function, path = self._library.scalarfed_update, self._path
 
         def run(span: _Span) -> int:
-            job = _UpdateJob(
-                span,
-                flat,
-                wholes.ctypes.data,
-                factors,
-                steps,
-                perturbations,
-                largest_move,
-                largest_weight,
-                direction,
-                *learns,
-            )
-            return int(function(path, job))
+            sizes = (steps, perturbations, largest_move, largest_weight, direction)
+            return int(function(path, _UPDATE.pack(*span, *sizes, *learns) + lists))
 
         def work(start: int, stop: int) -> int:
             return memory.each(start, stop, pieces, run)
 
         _check(_spread(work, weights.size, threads))
 
-    def fold(self, words: NDArray[np.uint32], *, threads: int = 1) -> int:
+    def fold(self, memory: NDArray[Any], *, threads: int = 1) -> int:
         """Return the sum of scrambled block hashes; see :func:`edge_agent.digest.fold`."""
-        words = np.ascontiguousarray(words, np.uint32)
-        function, path, pointer = self._library.scalarfed_fold, self._path, words.ctypes.data
+        function, path, pointer = self._library.scalarfed_fold, self._path, self._address(memory)
 
         def work(start: int, stop: int) -> int:
             return int(function(path, pointer + 4 * start, stop - start, start // 1024))
 
-        return _spread(work, words.size, threads) & ((1 << 64) - 1)
+        return _spread(work, memory.nbytes // 4, threads) & ((1 << 64) - 1)
+
+    def _address(self, array: NDArray[Any]) -> int:
+        """Return where an array lies; remembered, since numpy takes longer to say it than to look it up."""
+        found = self._addresses.get(id(array))
+        if found is None or found[0]() is not array:
+            if not array.flags.c_contiguous:
+                raise ValueError("only a contiguous array has a digest")
+            found = self._addresses[id(array)] = (weakref.ref(array), array.ctypes.data)
+            _forget(self._addresses)
+        return found[1]
 
 
 class _Memory:
@@ -294,7 +258,7 @@ class _Memory:
         self._table, self._segments = table, tuple(segments)
         self._weights = weakref.ref(weights)
         self._curvature = None if curvature is None else weakref.ref(curvature)
-        pointer = None if curvature is None else curvature.ctypes.data
+        pointer = 0 if curvature is None else curvature.ctypes.data
         self._span = (weights.ctypes.data, pointer, table.ctypes.data, len(table))
 
     def is_of(
@@ -314,7 +278,7 @@ class _Memory:
 
     def span(self, start: int, stop: int) -> _Span:
         """Return a share of the elements as the kernel takes it."""
-        return _Span(*self._span, start, stop)
+        return (*self._span, start, stop)
 
     def each(self, start: int, stop: int, curvature: Bits | None, run: Callable[[_Span], int]) -> int:
         """Run a share of the elements: at once, or piece by piece with curvature made for each.
@@ -331,7 +295,7 @@ class _Memory:
             bits = np.ascontiguousarray(curvature[first:last], np.uint16)
             # The kernel counts from the first weight and reads what the span holds.
             pointer = bits.ctypes.data - 2 * first
-            failed += run(_Span(weights, pointer, table, segments, first, last))
+            failed += run((weights, pointer, table, segments, first, last))
         return failed
 
 
@@ -355,6 +319,12 @@ def _spread(work: Callable[[int, int], int], size: int, threads: int) -> int:
         return work(borders[0], borders[1]) + sum(other.result() for other in others)
 
 
+def _forget(seen: dict[Any, Any]) -> None:
+    """Drop the oldest of more entries than are worth remembering."""
+    while len(seen) > _REMEMBERED:
+        seen.pop(next(iter(seen)), None)
+
+
 def _check(failed: int) -> None:
     if failed:
         raise MemoryError("the kernel got no memory for its keys")
@@ -373,8 +343,14 @@ def load_kernels(library: Path) -> dict[str, Kernel]:
     except (OSError, AttributeError):
         return {}
     loaded.scalarfed_path_name.restype = ctypes.c_char_p
-    loaded.scalarfed_perturb.argtypes = (ctypes.c_int, ctypes.POINTER(_PerturbJob))
-    loaded.scalarfed_update.argtypes = (ctypes.c_int, ctypes.POINTER(_UpdateJob))
+    loaded.scalarfed_perturb.argtypes = (
+        ctypes.c_int,
+        ctypes.c_char_p,
+        ctypes.c_int64,
+        ctypes.c_int32,
+        ctypes.c_int32,
+    )
+    loaded.scalarfed_update.argtypes = (ctypes.c_int, ctypes.c_char_p)
     loaded.scalarfed_fold.restype = ctypes.c_uint64
     loaded.scalarfed_fold.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
     numbers = [

@@ -32,11 +32,11 @@ INLINE vf product(table t, float amount, vu word, int plane)
 
 INLINE vf whole_steps(vf product) { return nearest(clamp(product, LARGEST_PERTURBATION)); }
 
-enum { MOST_TERMS = 4 };
+enum { MOST_TERMS = 2 };
 
 struct perturb_state {
     const struct keys *keys;
-    const int32_t *times;
+    int32_t times[MOST_TERMS];
     float epsilon;
     float step;             /* of the segment for which the following was made */
     float amount;           /* grid steps of a value of 1 */
@@ -116,17 +116,14 @@ INLINE void perturb_chunks(float *weights, uint16_t *curvature, uint32_t first_w
     }
 }
 
-/* There, and back and there again, are what a step does: their loops are unrolled. */
+/* There, or back and there again: both loops are unrolled. */
 INLINE void perturb_terms(float *weights, uint16_t *curvature, uint32_t first_word, int64_t chunks,
                           struct perturb_state *state, float step)
 {
-    const int64_t terms = state->keys->count;
-    if (terms == 1)
+    if (state->keys->count == 1)
         perturb_chunks(weights, curvature, first_word, chunks, state, step, 1);
-    else if (terms == 2)
-        perturb_chunks(weights, curvature, first_word, chunks, state, step, 2);
     else
-        perturb_chunks(weights, curvature, first_word, chunks, state, step, terms);
+        perturb_chunks(weights, curvature, first_word, chunks, state, step, 2);
 }
 
 static void perturb_plain(float *weights, uint16_t *curvature, uint32_t first_word, int64_t chunks, void *state, float step)
@@ -140,19 +137,22 @@ static void perturb_curved(float *weights, uint16_t *curvature, uint32_t first_w
     perturb_terms(weights, curvature, first_word, chunks, state, step);
 }
 
-static int perturb(const struct perturb_job *job)
+static int perturb(const struct perturb_job *job, int64_t number, int32_t times, int32_t following)
 {
-    struct keys keys;
-    if (job->terms > MOST_TERMS || open_keys(&keys, job->terms))
+    const int64_t terms = following ? 2 : 1;
+    if (number < 0 || number > job->count - terms)
         return -1;
-    for (int64_t t = 0; t < job->terms; t++)
-        keys.states[t] = key_state(job->keys + 4 * t);
-    struct perturb_state state = {.keys = &keys, .times = job->times, .epsilon = job->epsilon, .step = 0};
+    const uint64_t *fields = (const uint64_t *)(job + 1) + 4 * number;
+    uint64_t room[(MOST_TERMS * ROOM_PER_KEY + ROOM_BEYOND) / 8];
+    struct keys keys;
+    open_keys(&keys, terms, room);
+    for (int64_t t = 0; t < terms; t++)
+        keys.states[t] = key_state(fields + 4 * t);
+    struct perturb_state state = {.keys = &keys, .times = {times, following}, .epsilon = job->epsilon, .step = 0};
     if (job->span.curvature)
         sweep(&job->span, &keys, perturb_curved, &state);
     else
         sweep(&job->span, &keys, perturb_plain, &state);
-    free(keys.states);
     return 0;
 }
 

@@ -17,14 +17,15 @@ struct keys {
     uint32_t *low, *high;
 };
 
-INLINE int open_keys(struct keys *keys, int64_t count)
+enum { ROOM_PER_KEY = 16, ROOM_BEYOND = 16 }; /* bytes; four keys are read at a time */
+
+INLINE void open_keys(struct keys *keys, int64_t count, void *room)
 {
     keys->count = count;
     keys->block = -1;
-    keys->states = malloc((size_t)count * 16 + 16); /* four keys are read at a time */
+    keys->states = room;
     keys->low = (uint32_t *)(keys->states + count);
     keys->high = keys->low + count;
-    return keys->states ? 0 : -1;
 }
 
 INLINE void turn_to_block(struct keys *keys, int64_t block)

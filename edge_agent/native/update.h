@@ -17,6 +17,7 @@ struct update_state {
     const struct update_job *job;
     const struct keys *keys;  /* per step: the perturbations', then the rounding key */
     const factor *factors;    /* per step: `factors_of` its perturbations */
+    const float *amounts;     /* per step */
 };
 
 /* A random number in [-1/2, 1/2) from the upper 23 bits: as the fraction of one in [1, 2). */
@@ -84,7 +85,7 @@ INLINE void update_chunks(float *weights, uint16_t *curvature, uint32_t first_wo
                 weigh(asked[i].sum, first, low, high, factors, count);
                 asked[i].random = hash(lanes_from(first), low[count], high[count]);
             }
-            const float amount = job.amounts[k] * (1.0f / step);
+            const float amount = state->amounts[k] * (1.0f / step);
             const int learn = job.learn && k == job.steps - 1;
             for (int i = 0; i < pieces; i++) {
                 const int place = i / PIECES * CHUNK + i % PIECES * LANES;
@@ -116,32 +117,35 @@ static void update_curved(float *weights, uint16_t *curvature, uint32_t first_wo
 
 static int update(const struct update_job *job)
 {
-    const int64_t count = job->perturbations;
+    const int64_t count = job->perturbations, all = job->steps * (count + 1);
+    const uint64_t *own = (const uint64_t *)(job + 1);
+    const int32_t *wholes = (const int32_t *)(own + 4 * job->steps * count);
     struct keys keys;
-    if (open_keys(&keys, job->steps * (count + 1)))
-        return -1;
+    void *mixed = malloc((size_t)all * ROOM_PER_KEY + ROOM_BEYOND);
     void *room = malloc((size_t)(job->steps * factors_for(count)) * sizeof(factor) + 64);
-    if (!room) {
-        free(keys.states);
+    if (!mixed || !room) {
+        free(room);
+        free(mixed);
         return -1;
     }
+    open_keys(&keys, all, mixed);
     factor *factors = (factor *)(((uintptr_t)room + 63) & ~(uintptr_t)63);
     for (int64_t k = 0; k < job->steps; k++) {
-        const uint64_t *fields = job->keys + 4 * count * k;
+        const uint64_t *fields = own + 4 * count * k;
         const uint64_t rounding[4] = {fields[0], fields[1], fields[2], ROUNDING_KEY};
         uint64_t *states = keys.states + k * (count + 1);
         for (int64_t p = 0; p < count; p++)
             states[p] = key_state(fields + 4 * p);
         states[count] = key_state(rounding);
-        make_factors(factors + k * factors_for(count), job->wholes + k * count, count);
+        make_factors(factors + k * factors_for(count), wholes + k * count, count);
     }
-    struct update_state state = {job, &keys, factors};
+    struct update_state state = {job, &keys, factors, (const float *)(wholes + job->steps * count)};
     if (job->span.curvature)
         sweep(&job->span, &keys, update_curved, &state);
     else
         sweep(&job->span, &keys, update_plain, &state);
     free(room);
-    free(keys.states);
+    free(mixed);
     return 0;
 }
 
