@@ -1,4 +1,4 @@
-/* What the caller hands over, in one piece of memory: a job, then its lists. kernel.py packs it field by field. */
+/* What the caller hands over: a job with its lists right behind it, packed field by field in kernel.py. */
 #ifndef SCALARFED_JOBS_H
 #define SCALARFED_JOBS_H
 
