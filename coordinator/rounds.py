@@ -362,7 +362,7 @@ class Rounds:
         scalars = np.zeros((plan.steps, plan.scalars), np.float32)
         trusted, liars = self._trusted(counted, opened.terms)
         # Where as many are known as may lie, nobody is left to trim: the mean makes most of the others.
-        known = len(trusted) < len(counted) or bool(self._discredited)
+        known = len(trusted) < len(counted) or bool(self._discredited - counted.keys())
         rule = "trimmed" if known and liars == 0 else opened.terms.rule
         if found is not None:
             scalars = found[0].reshape(plan.steps, plan.scalars)
@@ -412,7 +412,7 @@ class Rounds:
         """
         if terms.rule == "mean" or not counted:
             return counted, terms.liars
-        known = len(self._discredited)
+        known = len(self._discredited - counted.keys())  # who answers well is none, whatever came in his name
         bearable = max(0, tolerated(len(counted) + known, terms.liars) - known)
         suspects = [agent for agent in self.outliers.least_trusted() if agent in counted]
         left_out = suspects[:bearable]
