@@ -113,6 +113,7 @@ class Rounds:
         self._left_out: dict[int, str] = {}
         self._uncounted: frozenset[int] = frozenset()
         self.unready: set[int] = set()
+        self._discredited: set[int] = set()
         self._waited_for_keys_s = 0.0
         self.levels = tuple(levels) or (0,) * fleet
         self._paused = False
@@ -229,6 +230,7 @@ class Rounds:
             actions.append(Note("estimate failed", agent, f"round {round_}"))
         else:
             opened.counted[agent] = reply
+            self._discredited.discard(agent)
             if reply.samples < opened.message.batch_of(agent):
                 fewer = f"round {round_}: {reply.samples} of {opened.message.batch_of(agent)} samples"
                 actions.append(Note("smaller batch", agent, fewer))
@@ -239,6 +241,10 @@ class Rounds:
         opened = self._open
         if opened is not None and pack.partial is not None and len(opened.packs) < len(opened.members):
             opened.packs.append(pack)
+
+    def on_nonsense(self, agent: int) -> None:
+        """Take in that an agent sent what no honest one sends: until it answers, it is a known liar."""
+        self._discredited.add(agent)
 
     def on_tick(self, now: float) -> list[Action]:
         """Close, extend, skip or announce again, as the time says."""
@@ -355,8 +361,9 @@ class Rounds:
         changes = self.outliers.observe(counted, self._classes(opened)) if alike and not skipped else []
         scalars = np.zeros((plan.steps, plan.scalars), np.float32)
         trusted, liars = self._trusted(counted, opened.terms)
-        # Where as many were left out as may lie, nobody is left to trim: the mean makes most of the others.
-        rule = "trimmed" if len(trusted) < len(counted) and liars == 0 else opened.terms.rule
+        # Where as many are known as may lie, nobody is left to trim: the mean makes most of the others.
+        known = len(trusted) < len(counted) or bool(self._discredited - counted.keys())
+        rule = "trimmed" if known and liars == 0 else opened.terms.rule
         if found is not None:
             scalars = found[0].reshape(plan.steps, plan.scalars)
         elif not skipped:
@@ -405,7 +412,8 @@ class Rounds:
         """
         if terms.rule == "mean" or not counted:
             return counted, terms.liars
-        bearable = tolerated(len(counted), terms.liars)
+        known = len(self._discredited - counted.keys())  # who answers well is none, whatever came in his name
+        bearable = max(0, tolerated(len(counted) + known, terms.liars) - known)
         suspects = [agent for agent in self.outliers.least_trusted() if agent in counted]
         left_out = suspects[:bearable]
         trusted = {agent: reply for agent, reply in counted.items() if agent not in left_out}

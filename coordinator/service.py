@@ -491,6 +491,8 @@ class Service:
     def _drop(self, reason: str, name: str, text: str = "") -> None:
         self.dropped[reason] += 1
         self._tell("dropped", name, f"{reason}: {text}"[:200], stranger=True)
+        if reason == "undecodable reply" and name in self._numbers:
+            self._rounds.on_nonsense(self._numbers[name])
 
     def counts(self) -> Mapping[str, int]:
         """Return how many messages were dropped so far, by reason."""

@@ -298,3 +298,26 @@ def test_a_board_that_sends_no_numbers_is_named_and_left_out(tmp_path):
     assert fleet.log.count_events("dropped", "board-0") >= 1
     assert fleet.log.count_events("excluded", "board-0") >= 1
     assert len(fleet.digests()) == 1
+
+
+def test_who_sends_no_numbers_is_a_liar_less_among_the_others(tmp_path):
+    """One of five may lie, and one is known to: the median of the other four is their mean."""
+    fleet = FleetInMemory(tmp_path, boards=5, rounds=1, quorum=4, deadline_s=5.0, rule="median", liars=0.2)
+    told = {}
+
+    def answering(board, answer):
+        def lie_or_tell(opened, number):
+            reply = answer(opened, number)
+            told[board.name] = reply.scalars
+            nonsense = np.full(4, np.nan, np.float32)
+            return replace(reply, scalars=nonsense) if board is fleet.boards[0] else reply
+
+        return lie_or_tell
+
+    for board in fleet.boards:
+        board.agent._answer = answering(board, board.agent._answer)
+    fleet.run()
+    (record,) = fleet.log.records()
+    honest = np.array([told[board.name] for board in fleet.boards[1:]])
+    assert np.allclose(record.scalars, honest.mean(axis=0), rtol=1e-6)
+    assert not np.allclose(record.scalars, np.median(honest, axis=0), rtol=1e-3)
