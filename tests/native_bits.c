@@ -12,7 +12,7 @@
 int scalarfed_paths(void);
 const char *scalarfed_path_name(int path);
 int scalarfed_path_supported(int path);
-int scalarfed_perturb(int path, const struct perturb_job *job, int64_t number, int32_t times, int32_t following);
+int scalarfed_perturb(int path, const struct perturb_job *job, int32_t number, int32_t times, int32_t following);
 int scalarfed_update(int path, const struct update_job *job);
 uint64_t scalarfed_fold(int path, const uint32_t *words, int64_t size, int64_t first_block);
 

@@ -56,7 +56,7 @@ struct filter_job {
 struct path {
     const char *name;
     int (*supported)(void);
-    int (*perturb)(const struct perturb_job *, int64_t number, int32_t times, int32_t following);
+    int (*perturb)(const struct perturb_job *, int32_t number, int32_t times, int32_t following);
     int (*update)(const struct update_job *);
     uint64_t (*fold)(const uint32_t *words, int64_t size, int64_t first_block);
     int lanes;

@@ -40,7 +40,7 @@ EXPORT int scalarfed_image_block(void)
 #endif
 }
 
-EXPORT int scalarfed_perturb(int path, const struct perturb_job *job, int64_t number, int32_t times, int32_t following)
+EXPORT int scalarfed_perturb(int path, const struct perturb_job *job, int32_t number, int32_t times, int32_t following)
 {
     return PATHS[path]->perturb(job, number, times, following);
 }

@@ -137,7 +137,7 @@ static void perturb_curved(float *weights, uint16_t *curvature, uint32_t first_w
     perturb_terms(weights, curvature, first_word, chunks, state, step);
 }
 
-static int perturb(const struct perturb_job *job, int64_t number, int32_t times, int32_t following)
+static int perturb(const struct perturb_job *job, int32_t number, int32_t times, int32_t following)
 {
     const int64_t terms = following ? 2 : 1;
     if (number < 0 || number > job->count - terms)
