@@ -3,9 +3,9 @@
     python -m benchmarks.forward --out benchmarks/results/pruning-forward.json
 
 Every figure is taken in a fresh process, by turns, the median of several. Ours opens a bundle as an agent
-does: ONNX Runtime, the weights as inputs, pages of code given back after the imports and after the session
-was opened. The peer trains the dense net with torch: forward, backpropagation, SGD. Imports count on both
-sides, neither imports what it does not need, and both read the same batch from a file.
+does: ONNX Runtime, the weights as inputs, pages of code given back during its start, the batch in pieces.
+The peer trains the dense net with torch: forward, backpropagation, SGD. Imports count on both sides, neither
+imports what it does not need, and both read the same batch from a file.
 """
 
 import argparse
@@ -15,8 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ import numpy as np
 _ROOT = Path(__file__).resolve().parent.parent
 _SHAPE = (3, 32, 32)
 _CLASSES = 10
-_PASSES = 15
 _TORCH = "torch backprop, dense"
 
 
@@ -83,66 +81,10 @@ def write_batch(root: Path, size: int) -> None:
 
 def measure_fresh(root: Path, bundle: Path | None) -> dict[str, float]:
     """Measure in a process of its own: a bundle, or torch where there is none."""
-    words = [sys.executable, "-m", "benchmarks.forward", "--measure", str(root), str(bundle or "")]
+    words = [sys.executable, "-m", "benchmarks.forward_process", str(root), str(bundle or "")]
     environment = {"PYTHONPATH": str(_ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin"}
     done = subprocess.run(words, cwd=_ROOT, env=environment, capture_output=True, text=True, check=True)
     return {key: float(value) for key, value in json.loads(done.stdout).items()}
-
-
-def measure(root: Path, bundle: str) -> dict[str, float]:
-    """Return CPU seconds of the best pass and peaks of resident memory, here and now."""
-    from profiles.memory import peak_rss_mib
-
-    step, imported = _torch_step(root) if not bundle else _our_step(root, Path(bundle))
-    opened = peak_rss_mib()
-    times = []
-    for _ in range(_PASSES):
-        start = time.process_time()
-        step()
-        times.append(time.process_time() - start)
-    return {
-        "seconds": min(times),
-        "peak_imports_mib": imported,
-        "peak_opened_mib": opened,
-        "peak_mib": peak_rss_mib(),
-    }
-
-
-def _our_step(root: Path, folder: Path) -> tuple[Callable[[], float], float]:
-    from edge_agent.bundle import read_bundle
-    from edge_agent.footprint import give_back
-    from edge_agent.forward import Forward
-    from profiles.memory import peak_rss_mib
-
-    imported = peak_rss_mib()
-    give_back()
-    bundle = read_bundle(folder)
-    x, y = (np.load(root / name) for name in ("x.npy", "y.npy"))
-    forward = Forward(bundle, bundle.replica().weights)
-    give_back()
-    return lambda: forward.loss(x, y), imported
-
-
-def _torch_step(root: Path) -> tuple[Callable[[], float], float]:
-    import torch
-
-    from profiles.memory import peak_rss_mib
-    from pruning.models import build_model
-
-    imported = peak_rss_mib()
-    torch.set_num_threads(1)
-    net = build_model("resnet20", sample_shape=_SHAPE, classes=_CLASSES).train()
-    optimizer = torch.optim.SGD(net.parameters(), 0.01)
-    x, y = (torch.from_numpy(np.load(root / name)) for name in ("x.npy", "y.npy"))
-
-    def step() -> float:
-        optimizer.zero_grad()
-        loss = torch.nn.functional.cross_entropy(net(x), y)
-        loss.backward()
-        optimizer.step()
-        return float(loss.detach())
-
-    return step, imported
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -151,11 +93,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args(words)
-    if arguments.measure:
-        print(json.dumps(measure(Path(arguments.measure[0]), arguments.measure[1])))
-        return 0
     rows = compare(arguments.batch, arguments.repeats)
     peer = rows[-1]
     print("| | bytes | ms | times less | peak, MiB | of the imports | times less |")

@@ -43,7 +43,8 @@ def measure() -> None:
     import numpy as np
 
     from edge_agent.bundle import read_bundle
-    from edge_agent.forward import Forward, open_session
+    from edge_agent.forward import Forward
+    from edge_agent.session import open_session
 
     for model, shape, batch_size in _CASES:
         bundle = read_bundle(Path(model))

@@ -30,7 +30,7 @@ def price_of(
         batch_size: For which that was.
     """
     cost = Cost.from_dict(bundle.cost, params=bundle.params)
-    per_sample = predict_peak_mib(cost, batch_size=1).per_sample
+    asked = predict_peak_mib(cost, batch_size=batch_size)
 
     def price(work: Work) -> Price:
         plan = work.plan
@@ -45,8 +45,10 @@ def price_of(
         scalars = 4 * plan.steps * plan.scalars
         down = _OPEN_HEAD + _RECENT * (_RECORD_HEAD + scalars)
         predicted = predicted_mib[work.agent]
+        now = predict_peak_mib(cost, batch_size=work.batch_size)
+        saved = asked.activations - now.activations + asked.batch - now.batch
         return Price(
-            peak_mib=0.0 if predicted is None else predicted - per_sample * (batch_size - work.batch_size),
+            peak_mib=0.0 if predicted is None else predicted - saved,
             flops=plan.steps * step,
             wire_bytes=_REPLY_HEAD + scalars + down + 2 * _MQTT_BYTES,
         )

@@ -344,7 +344,6 @@ class _Process:
             self.forward = None  # two sessions at once would be the peak of the agent's memory
             self.forward = forward_for(self.bundle, replica, opened.plan, threads=self.options.threads)
             self.forward_of = replica
-            give_back()
         made = measure(self.forward, self.samples, replica, opened, number, on_pass=self.heart.progress)
         self.flops += made.forwards * opened.batch_size * self.bundle.cost["forward_flops"]
         self.flops += 2 * self.bundle.size * (made.forwards + 1)  # each forward moved the weights before it

@@ -7,52 +7,27 @@ processor runs in place of the plain graph, after it gave the plain graph's loss
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from edge_agent.bundle import Bundle
+from edge_agent.footprint import giving_back
 from edge_agent.native.kernel import Kernel, find_kernel
+from edge_agent.session import open_session
+from profiles.cost import samples_at_once
 from profiles.errors import BundleError, EstimateError
+from profiles.runtime import ort
 
-__all__ = ["Forward", "open_session"]
+__all__ = ["Forward"]
 
 _GRADIENTS = ("head_gradient", "hidden_gradient")
 _LOSS_AND_CORRECT = ("loss", "correct")
 _LOGITS = ("logits",)
 _AGREEMENT = 1e-4  # by which a variant's loss may differ from the plain graph's, relative
-
-
-def open_session(
-    graph: Path | bytes, *, threads: int = 1, operators: Path | None = None
-) -> ort.InferenceSession:
-    """Open a session as a board runs it: arena on, no memory pattern, ``threads`` threads.
-
-    Args:
-        graph: The ONNX file or its bytes.
-        threads: Threads of ONNX Runtime.
-        operators: Library of the operators that the graph has beside ONNX Runtime's.
-
-    Raises:
-        BundleError: ONNX Runtime refuses the graph.
-    """
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.enable_mem_pattern = False
-    options.log_severity_level = 4  # errors arrive as exceptions
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    source = graph if isinstance(graph, bytes) else str(graph)
-    try:
-        if operators is not None:
-            options.register_custom_ops_library(str(operators))
-        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise BundleError(f"ONNX Runtime {ort.__version__} refuses the graph: {error}") from None
 
 
 class Forward:
@@ -62,8 +37,6 @@ class Forward:
         bundle: Whose graph it is.
         weights: Flat float32 vector; read at every call, never written and never copied.
         threads: Threads of ONNX Runtime.
-        at_once: Samples of one pass; a larger batch is run in pieces, which bounds the activations' memory.
-            None for whole batches.
         others: Further inputs by name, such as gates: contiguous float32, read at every call.
 
     Attributes:
@@ -71,7 +44,7 @@ class Forward:
 
     Raises:
         BundleError: The graph's inputs are not the manifest's tensors.
-        ValueError: The vector has another size or is not contiguous, or ``at_once`` is below 1.
+        ValueError: The vector has another size or is not contiguous.
     """
 
     def __init__(
@@ -80,7 +53,6 @@ class Forward:
         weights: NDArray[np.float32],
         *,
         threads: int = 1,
-        at_once: int | None = None,
         others: Mapping[str, NDArray[np.float32]] | None = None,
     ) -> None:
         fits = weights.shape == (bundle.size,) and weights.dtype == np.float32
@@ -89,10 +61,8 @@ class Forward:
                 f"weights must be an aligned, contiguous float32 vector of {bundle.size}, "
                 f"got {weights.shape} {weights.dtype}"
             )
-        if at_once is not None and at_once < 1:
-            raise ValueError(f"at_once must be at least 1, got {at_once}")
         self._weights = weights
-        self._at_once = at_once
+        self._at_once = samples_at_once(bundle.cost.get("activation_bytes_per_sample", 0))
         self._classes, self._sample_shape = bundle.classes, bundle.sample_shape
         self._others = dict(others or {})
         told = [layer for layer in (bundle.head, bundle.hidden) if layer]  # whose gradients the graph has
@@ -105,7 +75,14 @@ class Forward:
         self._options.add_run_config_entry("gpu_graph_id", "0")
         self._session: Any
         self._binding: Any
+        self.variant = ""
+        with giving_back() as give_back:
+            self._start(bundle, threads, give_back)
+
+    def _start(self, bundle: Bundle, threads: int, give_back: Callable[[], None]) -> None:
+        """Open the graph, check it against the manifest, and go over to its variant if there is one."""
         self._open(bundle, threads)
+        give_back()
         names = {node.name for node in self._session.get_inputs()}
         expected = {"x", "y", *self._others, *(tensor.name for tensor in bundle.tensors)}
         if names != expected:
@@ -125,9 +102,8 @@ class Forward:
                 f"the graph's {', '.join(wrong)}: every trainable tensor is float32 of the manifest's shape"
             )
         self._bind(bundle)
-        self.variant = ""
         if not self._others and (kernel := find_kernel()) is not None:
-            self._take_variant(bundle, kernel, threads)
+            self._take_variant(bundle, kernel, threads, give_back)
 
     def _open(self, bundle: Bundle, threads: int, variant: str = "", operators: Path | None = None) -> None:
         """Open a graph; first close the one that is open, since two would be the agent's peak of memory."""
@@ -147,7 +123,9 @@ class Forward:
         self._y: NDArray[np.int64] | None = None
         self._found: dict[str, NDArray[Any]] = {}
 
-    def _take_variant(self, bundle: Bundle, kernel: Kernel, threads: int) -> None:
+    def _take_variant(
+        self, bundle: Bundle, kernel: Kernel, threads: int, give_back: Callable[[], None]
+    ) -> None:
         """Go over to the first variant for this processor that gives the plain graph's loss."""
         x = np.linspace(-1, 1, 2 * math.prod(bundle.sample_shape), dtype=np.float32)
         x = x.reshape(2, *bundle.sample_shape)
@@ -156,9 +134,11 @@ class Forward:
         if not names:
             return
         expected = self.evaluate(x, y)[0]
+        give_back()
         for name in names:
             try:
                 self._open(bundle, threads, name, kernel.file)
+                give_back()
                 self._bind(bundle)
                 if abs(self.evaluate(x, y)[0] - expected) <= _AGREEMENT * max(1.0, abs(expected)):
                     self.variant = name
@@ -205,13 +185,17 @@ class Forward:
     def _run(
         self, x: NDArray[np.float32], y: NDArray[np.int64], outputs: tuple[str, ...]
     ) -> dict[str, NDArray[Any]]:
-        """Return outputs of a batch; the next call overwrites them."""
+        """Return outputs of a batch; the next call overwrites them.
+
+        A batch that would hold much memory runs in pieces of nearly the same size.
+        """
         size = len(y)
-        if self._at_once is None or size <= self._at_once:
+        pieces = -(-size // self._at_once)
+        if pieces <= 1:
             return self._run_piece(x, y, outputs)
         joined: dict[str, NDArray[Any]] = {}
-        for start in range(0, size, self._at_once):
-            stop = min(start + self._at_once, size)
+        for piece in range(pieces):
+            start, stop = piece * size // pieces, (piece + 1) * size // pieces
             for name, value in self._run_piece(x[start:stop], y[start:stop], outputs).items():
                 if name == "logits":
                     joined.setdefault(name, np.empty((size, self._classes), np.float32))[start:stop] = value

@@ -29,9 +29,9 @@ __all__ = [
 ]
 
 _MIB = 2**20
-_IMPORTS_MIB = 35.0  # what stays of Python and the libraries; edge_agent/footprint.py gives the rest back
-_SESSION_MIB = 8.0  # the runtime's own pages that passes go on needing
-_START_MIB = 13.5  # pages that only the imports and opening a session need, before the first pass
+_IMPORTS_MIB = 33.0  # what stays of Python and the libraries; edge_agent/footprint.py gives the rest back
+_SESSION_MIB = 12.5  # the runtime's own pages that passes go on needing
+_START_MIB = 1.0  # pages that only the imports and opening a session need, before the first pass
 _SESSION_PER_GRAPH_BYTE = 25.0  # nodes and kernels: a graph of 147 KB takes 3.7 MiB
 _SCRATCH = 1.05  # what kernels pack and unfold beside the buffers between them
 _THREAD_MIB = 0.2  # the touched part of a stack and of an allocator's arena
@@ -52,24 +52,30 @@ class Prediction:
 
     Attributes:
         batch_size: Samples of one forward pass.
-        per_sample: What one sample more would add to ``activations``.
+        at_once: The most of them that run together; a larger batch runs in pieces.
+        per_sample: What one sample more adds to ``activations``, up to so many.
+        input_per_sample: What one sample more adds to ``batch``.
         imports: What stays of Python and the agent's libraries.
         session: The runtime's own, and the graph.
         weights: The one copy of the trainable tensors.
         curvature: Optimizer state beyond the weights.
-        activations: What a forward pass of one batch holds.
+        activations: What a forward pass holds.
+        batch: The samples of one batch.
         data: The device's own samples.
         chunks: Buffers for noise and replay.
         threads: What each thread beyond the first adds.
     """
 
     batch_size: int
+    at_once: int
     per_sample: float
+    input_per_sample: float
     imports: float
     session: float
     weights: float
     curvature: float
     activations: float
+    batch: float
     data: float
     chunks: float
     threads: float
@@ -83,14 +89,14 @@ class Prediction:
         fields = {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
-            if field.name not in ("batch_size", "per_sample")
+            if field.name not in ("batch_size", "at_once", "per_sample", "input_per_sample")
         }
         return {**fields, "start": max(0.0, _START_MIB - self._later)}
 
     @property
     def _later(self) -> float:
         """What comes after the start, in the place of pages that it has given back."""
-        return self.curvature + self.activations + self.chunks + self.threads
+        return self.curvature + self.activations + self.batch + self.chunks + self.threads
 
     @property
     def total_mib(self) -> float:
@@ -103,14 +109,20 @@ class Prediction:
         return f"{self.total_mib:.1f} MiB: {terms}"
 
     def largest_batch(self, allowed_mib: float) -> int:
-        """Return the largest batch size whose predicted peak is within ``allowed_mib``; 0 if none is."""
+        """Return the largest batch size whose predicted peak is within ``allowed_mib``; 0 if none is.
+
+        Beyond what runs together a sample costs no more than its own bytes.
+        """
         left = allowed_mib - (self.imports + self.session + self.weights + self.data)
         if left + 1e-9 < _START_MIB:
             return 0
-        spare = left - self._later
-        if self.per_sample == 0:
-            return self.batch_size if spare >= 0 else 0
-        return max(0, self.batch_size + math.floor(spare / self.per_sample + 1e-9))
+        together = min(self.batch_size, self.at_once)
+        left -= self._later - self.batch + self.per_sample * (self.at_once - together)
+        left -= self.input_per_sample * self.at_once
+        a_sample = self.input_per_sample + (self.per_sample if left < 0 else 0.0)
+        if a_sample == 0:
+            return self.batch_size if left >= 0 else 0
+        return max(0, self.at_once + math.floor(left / a_sample + 1e-9))
 
     def largest_density(self, allowed_mib: float) -> float:
         """Return the share of this net's parameters that would fit at this batch size, 0 to 1.
@@ -121,7 +133,9 @@ class Prediction:
         left = allowed_mib - (self.imports + self.session + self.data)
         before = _density_within(left - _START_MIB, linear=self.weights, root=0.0)
         after = _density_within(
-            left - self.chunks - self.threads, linear=self.weights + self.curvature, root=self.activations
+            left - self.batch - self.chunks - self.threads,
+            linear=self.weights + self.curvature,
+            root=self.activations,
         )
         return min(before, after)
 
@@ -237,16 +251,21 @@ def predict_peak_mib(
     if min(curvature_bytes_per_param, data_bytes, chunk_bytes, graph_bytes, imports_mib) < 0:
         raise ValueError("sizes must not be negative")
     torch_mib, torch_pages_mib, held = _TORCH[autodiff]
-    activations = [held * _SCRATCH * cost.activation_bytes(n) / _MIB for n in (batch_size, batch_size + 1)]
+    at_once = batch_size if autodiff else cost.at_once  # torch takes the whole batch
+    per_sample = held * _SCRATCH * cost.activation_bytes_per_sample / _MIB
+    fixed = held * _SCRATCH * cost.activation_bytes_fixed / _MIB
     curvature_bytes_per_param += 4.0 * (autodiff == "slope")
     return Prediction(
         batch_size=batch_size,
-        per_sample=activations[1] - activations[0],
+        at_once=at_once,
+        per_sample=per_sample,
+        input_per_sample=cost.input_bytes_per_sample / _MIB,
         imports=imports_mib + torch_mib,
         session=torch_pages_mib + _SESSION_MIB + _SESSION_PER_GRAPH_BYTE * graph_bytes / _MIB,
         weights=cost.weight_bytes / _MIB,
         curvature=cost.params * curvature_bytes_per_param / _MIB,
-        activations=activations[0],
+        activations=fixed + min(batch_size, at_once) * per_sample,
+        batch=batch_size * cost.input_bytes_per_sample / _MIB,
         data=data_bytes / _MIB,
         chunks=chunk_bytes / _MIB,
         threads=_THREAD_MIB * (threads - 1),
@@ -326,7 +345,7 @@ def check_memory(
     if batch > 0:
         ways.append(f"set `batch_size = {batch}`")
     if not ways:
-        bare = dataclasses.replace(prediction, weights=0.0, curvature=0.0, activations=0.0)
+        bare = dataclasses.replace(prediction, weights=0.0, curvature=0.0, activations=0.0, batch=0.0)
         ways.append(f"leave the device out: {bare.total_mib:.0f} MiB are needed before any net")
     hint = ", or ".join(ways)
     raise BudgetError(

@@ -28,9 +28,11 @@ from profiles.errors import ModelError
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["Cost", "graph_cost"]
+__all__ = ["Cost", "graph_cost", "samples_at_once"]
 
 _BATCHES = (1, 32)
+_LEAST_AT_ONCE = 8
+_BYTES_AT_ONCE = 2**20
 # The gradients of the last layers, which are made in a forward pass where a method asks for them: about once
 # more these layers' multiply-adds, and not counted.
 _BESIDE = ("hidden_gradient", "head_gradient")
@@ -61,6 +63,7 @@ class Cost:
         live_bytes_per_sample: What each sample adds to the bytes that live at once: the least that an
             allocator without holes could do.
         weight_bytes: Bytes of all trainable tensors, without the gaps of the bundle's layout.
+        input_bytes_per_sample: Bytes of a sample and its label, as a batch holds them.
     """
 
     params: int
@@ -70,10 +73,16 @@ class Cost:
     activation_bytes_fixed: int
     live_bytes_per_sample: int
     weight_bytes: int
+    input_bytes_per_sample: int = 0
 
     def activation_bytes(self, batch_size: int) -> int:
         """Return the resident bytes of a forward pass of ``batch_size`` samples, inputs not counted."""
         return self.activation_bytes_fixed + batch_size * self.activation_bytes_per_sample
+
+    @property
+    def at_once(self) -> int:
+        """The samples that a forward pass takes at once, see :func:`samples_at_once`."""
+        return samples_at_once(self.activation_bytes_per_sample)
 
     def as_dict(self) -> dict[str, int]:
         """Return the fields by name, as a bundle's manifest keeps them."""
@@ -86,11 +95,24 @@ class Cost:
         Raises:
             ModelError: A field is missing.
         """
-        found = {"elementwise_flops": 0, "live_bytes_per_sample": 0, **fields, "params": params}
+        kept_later = {"elementwise_flops": 0, "live_bytes_per_sample": 0, "input_bytes_per_sample": 0}
+        found = {**kept_later, **fields, "params": params}
         missing = cls.__dataclass_fields__.keys() - found.keys()
         if missing:
             raise ModelError(f"The manifest's cost lacks {', '.join(sorted(missing))}.")
         return cls(**{name: int(found[name]) for name in cls.__dataclass_fields__})
+
+
+def samples_at_once(activation_bytes_per_sample: int) -> int:
+    """Return how many samples a forward pass takes at once; a larger batch runs in pieces.
+
+    Eight, and more as long as what they hold is within a MiB: so a pass does not grow with the batch.
+    Smaller pieces would cost time, since every pass has a start (60 us on x86-64) and reads all weights.
+
+    Args:
+        activation_bytes_per_sample: Of the plain graph.
+    """
+    return max(_LEAST_AT_ONCE, _BYTES_AT_ONCE // max(1, activation_bytes_per_sample))
 
 
 def graph_cost(graph: bytes | Path | onnx.ModelProto, *, data: Sequence[str] = ("x", "y")) -> Cost:
@@ -133,6 +155,7 @@ def graph_cost(graph: bytes | Path | onnx.ModelProto, *, data: Sequence[str] = (
         activation_bytes_fixed=max(0, resident[0] - per_sample * least),
         live_bytes_per_sample=-(-(many.live_bytes() - one.live_bytes()) // step),
         weight_bytes=one.weight_bytes,
+        input_bytes_per_sample=one.input_bytes,
     )
 
 
@@ -195,6 +218,7 @@ class _Pass:
         self._check()
         self.params = sum(self.size(name) for name in weights)
         self.weight_bytes = sum(self.bytes(name) for name in weights)
+        self.input_bytes = sum(self.bytes(name) for name in data if name in self.shapes)
         self.flops = sum(self._multiply_adds(node) * 2 for node in self.nodes)
         self.elementwise = sum(self._elementwise(node) for node in self.nodes)
 

@@ -47,8 +47,9 @@ def measure(*, seconds: float = 5.0, threads: int | None = None, root: Path = Pa
         root: Where ``/sys`` lies.
     """
     import numpy as np
-    import onnxruntime as ort
     import psutil
+
+    from profiles.runtime import ort
 
     cores = _cores()
     options = ort.SessionOptions()

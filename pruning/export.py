@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edge_agent.bundle import Bundle, flat_layout, write_bundle
-from edge_agent.forward import open_session
+from edge_agent.session import open_session
 from profiles.errors import ModelError
 from pruning.exact import LinearLayer, WithLoss, find_last_layers
 from pruning.fuse import BLOCKS, block, fuse

@@ -178,7 +178,7 @@ def write_family(
                 model=pruned.model,
                 classes=classes,
                 sample_shape=tuple(shape),
-                cost=cost(exported.graph),
+                cost=cost(graph),
                 pruning=facts,
                 variants=graph_variants(graph),
                 stops=ends[: level + 1],
@@ -205,9 +205,10 @@ def _joined(exported: Exported, held: Mapping[str, Sequence[Piece]], gains: Mapp
     import onnx
 
     model = onnx.load_model_from_string(exported.graph)
-    nodes = []
+    joins: dict[str, list[onnx.NodeProto]] = {}  # by the name of what they make
     names = {}
     for name, pieces in held.items():
+        nodes = []
         joined = pieces[0].name
         for number, piece in enumerate(pieces[1:], start=1):
             result = f"{name}={number}"
@@ -224,9 +225,13 @@ def _joined(exported: Exported, held: Mapping[str, Sequence[Piece]], gains: Mapp
             nodes.append(onnx.helper.make_node("Mul", [joined, gain.name], [result], name=f"{name}.multiply"))
             joined = result
         names[name] = joined
+        joins[joined] = nodes
+    ordered = []  # a tensor is joined where it is first read: few of the copies live at once
     for node in model.graph.node:
         for place, read in enumerate(node.input):
             node.input[place] = names.get(read, read)
+            ordered += joins.pop(node.input[place], [])
+        ordered.append(node)
     inputs = [value for value in model.graph.input if value.name not in held]
     del model.graph.input[:]
     model.graph.input.extend(inputs)
@@ -234,8 +239,7 @@ def _joined(exported: Exported, held: Mapping[str, Sequence[Piece]], gains: Mapp
         for piece in pieces:
             sizes = [place.stop - place.start for place in piece.place]
             model.graph.input.append(onnx.helper.make_tensor_value_info(piece.name, 1, sizes))
-    rest = list(model.graph.node)
     del model.graph.node[:]
-    model.graph.node.extend([*nodes, *rest])
+    model.graph.node.extend(ordered)
     onnx.checker.check_model(model, full_check=True)
     return bytes(model.SerializeToString(deterministic=True))

@@ -192,6 +192,12 @@ def test_a_board_needs_only_the_base_install(path):
     assert tops(path) <= allowed
 
 
+@pytest.mark.parametrize("path", [path for path in MODULES if path != "profiles/runtime.py"])
+def test_onnxruntime_is_imported_where_it_is_kept_quiet(path):
+    """No module but one imports ONNX Runtime: that one forbids it to report to its vendor."""
+    assert "onnxruntime" not in tops(path)
+
+
 @pytest.mark.parametrize("path", [path for path in MODULES if path.startswith("coordinator/")])
 def test_torch_stays_in_pruning(path):
     """The coordinator asks pruning for a net and never touches torch itself."""
@@ -404,7 +410,10 @@ def public_names(tree: ast.Module) -> set[str]:
         elif isinstance(node, (ast.Assign, ast.AnnAssign)):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             names |= {
-                leaf.id for target in targets for leaf in ast.walk(target) if isinstance(leaf, ast.Name)
+                leaf.id
+                for target in targets
+                for leaf in ast.walk(target)
+                if isinstance(leaf, ast.Name) and is_stored(leaf)
             }
     return {name for name in names if not name.startswith("_")}
 

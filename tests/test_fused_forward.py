@@ -11,10 +11,11 @@ import onnx
 import pytest
 
 from edge_agent.bundle import Bundle, read_bundle
-from edge_agent.forward import Forward, open_session
+from edge_agent.forward import Forward
 from edge_agent.native.build import SOURCES, build
 from edge_agent.native.kernel import find_kernel, load_kernels
 from edge_agent.native.library import library_name
+from edge_agent.session import open_session
 from profiles.errors import BundleError, EstimateError
 from pruning.export import export_bundle
 from pruning.fuse import block, fuse

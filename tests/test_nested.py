@@ -193,7 +193,8 @@ TOML = """
 rounds = 4
 seed = 5
 [model]
-name = "dscnn"
+name = "mlp"
+hidden = [2304, 1152]
 [data]
 path = "data.npz"
 split = "iid"
@@ -202,9 +203,9 @@ method = "none"
 widths = [0.75, 0.5, 0.25]
 [method]
 name = "nested"
-learning_rate = 0.05
+learning_rate = 0.01
 perturbations = 2
-batch_size = 512
+batch_size = 16
 [evaluation]
 every = 2
 [[devices]]
@@ -231,12 +232,10 @@ def asked(tmp_path):
         deal_levels(roomy, [bundle], slices).predictions[0].total_mib
         for bundle in read_family(tmp_path / "bundle")
     ]
-    assert all(wider > narrower + 3 for narrower, wider in pairwise(needed))
-    device = experiment.devices[0]
+    rooms = [1.11 * need for need in needed[:-1]] + [1.3 * needed[-1]]  # the joins' holes are not predicted
+    assert all(room < wider for room, wider in zip(rooms, needed[1:], strict=False)), needed
     devices = tuple(
-        replace(
-            device, count=1, name=f"board{level}", memory_mib=needed[level] + 3
-        )  # predictions are good to 5 %
+        replace(experiment.devices[0], count=1, name=f"board{level}", memory_mib=rooms[level])
         for level in reversed(range(4))
     )
     return replace(experiment, devices=devices)

@@ -26,18 +26,19 @@ import numpy as np
 from edge_agent.bundle import read_bundle
 from edge_agent.forward import Forward
 from profiles.memory import current_rss_mib, peak_rss_mib
-imports = current_rss_mib()
 bundle = read_bundle(Path(sys.argv[1]))
 weights = bundle.replica().weights
 forward = Forward(bundle, weights)
 x = np.random.default_rng(0).standard_normal((32, 3, 32, 32)).astype(np.float32)
 y = np.arange(32) % 10
+before = current_rss_mib()
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins again
 times = []
 for _ in range(12):
     start = time.process_time()
     forward.loss(x, y)
     times.append(time.process_time() - start)
-print(json.dumps({"seconds": min(times), "mib": peak_rss_mib() - imports}))
+print(json.dumps({"seconds": min(times), "mib": peak_rss_mib() - before + weights.nbytes / 2**20}))
 """
 
 STEPS = """
@@ -58,7 +59,6 @@ bundle, batch = read_bundle(Path(sys.argv[1])), int(sys.argv[2])
 x, y = np.full((batch, *bundle.sample_shape), 0.3, np.float32), np.zeros(batch, np.int64)
 replica = bundle.replica()
 forward = Forward(bundle, replica.weights)
-give_back()
 method = METHODS["decomfl"]
 for number in range(2):
     plan = RoundPlan(number, 1, method.code, 1, 2, 1e-3, 1e-3, method.values({"smoothing": 0.9}))
@@ -111,11 +111,11 @@ def folders(tmp_path_factory):
 
 
 def test_a_narrow_net_is_smaller_faster_and_lighter(folders):
-    """At a quarter of the MACs: under a third of the bytes, under 0.7 of the CPU time, 2 MiB less memory."""
+    """At a quarter of the MACs: under a third of the bytes, under 0.7 of the time, 1.5 MiB less memory."""
     dense, narrow = (measure(folders[name]) for name in ("dense", "narrow"))
     assert bytes_of(folders["narrow"]) < bytes_of(folders["dense"]) / 3
     assert narrow["seconds"] < 0.7 * dense["seconds"]
-    assert narrow["mib"] < dense["mib"] - 2
+    assert narrow["mib"] < dense["mib"] - 1.5
 
 
 @pytest.mark.skipif(find_kernel() is None, reason="needs the compiled kernel")
@@ -127,11 +127,11 @@ def test_a_narrow_net_is_faster_with_the_kernel_and_no_heavier(folders):
 
 
 def test_a_narrow_forward_against_torchs_backpropagation(folders, tmp_path):
-    """At a quarter of the MACs: 3 times less CPU time, 6 times less peak memory, imports on both sides."""
+    """At a quarter of the MACs: 3 times less CPU time, 8.5 times less peak memory, imports on both sides."""
     write_batch(tmp_path, 32)
     ours, torchs = (measure_fresh(tmp_path, folder) for folder in (folders["narrow"], None))
     assert torchs["seconds"] > 3 * ours["seconds"]
-    assert torchs["peak_mib"] > 6 * ours["peak_mib"]
+    assert torchs["peak_mib"] > 8.5 * ours["peak_mib"]
 
 
 def test_zeros_save_nothing(folders):

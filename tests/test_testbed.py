@@ -210,9 +210,9 @@ def test_other_data_goes_through(tmp_path, shape, classes):
 
 def test_a_budget_too_small_is_refused_before_anything_starts(tmp_path):
     """With the predicted and the allowed MiB, and what would fit."""
-    message = refused(tmp_path / "run", *THREE, "--set", "devices.0.memory_mib=50")
-    assert "50 MiB" in message
-    assert "needs 5" in message
+    message = refused(tmp_path / "run", *THREE, "--set", "devices.0.memory_mib=44")
+    assert "44 MiB" in message
+    assert "needs 4" in message
     assert "hint:" in message
 
 

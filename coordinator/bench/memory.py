@@ -28,7 +28,6 @@ def _train(folder: Path, batch_size: int, method: str) -> None:
     imports = current_rss_mib()
     replica = bundle.replica()
     forward = Forward(bundle, replica.weights)
-    give_back()
     step = make_step(replica, lambda: forward.loss(x, y), method=method, perturbations=2)
     for _ in range(3):
         step()
@@ -37,9 +36,8 @@ def _train(folder: Path, batch_size: int, method: str) -> None:
 
 def _infer(folder: Path, batch_size: int, frugal: bool) -> None:
     """Infer as ONNX Runtime's documentation has it; or with what the agent does to hold less."""
-    import onnxruntime as ort
-
     from coordinator.bench.steps import samples
+    from profiles.runtime import ort
 
     bundle = read_bundle(folder)
     x, y = samples(bundle, batch_size)

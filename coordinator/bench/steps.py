@@ -17,11 +17,12 @@ from coordinator.bench.child import tell
 from coordinator.bench.passes import medians
 from edge_agent.bundle import Bundle
 from edge_agent.estimator import estimate
-from edge_agent.forward import Forward, open_session
+from edge_agent.forward import Forward
 from edge_agent.native.kernel import kernel_name
 from edge_agent.optimizer import METHODS
 from edge_agent.plan import RoundPlan
 from edge_agent.replay import Replica, apply_record
+from edge_agent.session import open_session
 from edge_agent.wire import RoundRecord
 
 __all__ = ["main", "make_step", "samples"]
