@@ -169,3 +169,52 @@ def test_frozen_parameters_become_constants():
     net = Sloppy("frozen")
     net.spare.requires_grad_(False)
     assert list(export_graph(net, sample_shape=(4,), classes=3).weights) == ["body.weight", "body.bias"]
+
+
+class Leaky(nn.Module):
+    """Linear layers of which one, with large biases, hides that its activation is no ReLU."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.inner, self.head = nn.Linear(6, 5), nn.Linear(5, 2), nn.Linear(2, 3)
+        nn.init.constant_(self.inner.bias, 30.0)
+
+    def forward(self, x):
+        """Classify rows."""
+        return self.head(nn.functional.leaky_relu(self.inner(torch.relu(self.first(x)))))
+
+
+class Rerun(nn.Module):
+    """A net whose last layer ran before, on its own output."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Linear(6, 3), nn.Linear(3, 3)
+
+    def forward(self, x):
+        """Classify rows."""
+        return self.head(torch.relu(self.head(self.first(x))))
+
+
+class Lent(nn.Module):
+    """A net whose last layer lends its weight to the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(6, 3)
+        self.first, self.inner = nn.Linear(6, 3, bias=False), nn.Linear(3, 6)
+        self.first.weight = self.head.weight
+
+    def forward(self, x):
+        """Classify rows."""
+        return self.head(self.inner(torch.relu(self.first(x))))
+
+
+@pytest.mark.parametrize(
+    ("net", "head", "hidden"),
+    [(Leaky, ("head.weight", "head.bias"), ()), (Rerun, (), ()), (Lent, (), ())],
+)
+def test_only_sure_gradients_are_told(net, head, hidden):
+    """An activation that only looks like a known one, and a last layer used twice, have no exact gradient."""
+    exported = export_graph(net(), sample_shape=(6,), classes=3)
+    assert (exported.head, exported.hidden) == (head, hidden)
