@@ -64,7 +64,9 @@ def prune(
         str, typer.Option(help="structured: narrower layers. mask: single weights, saves no memory.")
     ] = "structured",
     draws: Annotated[int, typer.Option(min=1, help="Draws of the saliency per step.")] = 5,
-    seed: Annotated[int, typer.Option(help="Names the draws and the fresh weights.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="Names the draws and the fresh weights.")
+    ] = 0,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the manifest's pruning as one JSON object.")
     ] = False,
