@@ -22,6 +22,7 @@ from edge_agent.bundle import Bundle, flat_layout, write_bundle
 from edge_agent.forward import open_session
 from profiles.errors import ModelError
 from pruning.exact import LinearLayer, WithLoss, find_last_layers
+from pruning.fold import fold_shapes
 from pruning.fuse import BLOCKS, block, fuse
 from pruning.weights import derive_seed
 
@@ -81,7 +82,8 @@ def export_graph(
     _jitter(twin)
     x, y = _example(sample_shape, classes, 2)
     last = find_last_layers(twin, x)
-    graph = _weights_as_inputs(_trace(copy.deepcopy(twin), x, y, classes, last), names)
+    traced = _trace(copy.deepcopy(twin), x, y, classes, last)
+    graph = fold_shapes(_weights_as_inputs(traced, names), sample_shape=sample_shape)
     weights = {
         name: p.detach().to(torch.float32).contiguous().numpy().copy()
         for name, p in module.named_parameters()

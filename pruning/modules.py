@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from profiles.errors import ModelError
@@ -319,7 +320,8 @@ def _assemble(
     training = module.training
     try:
         counted = positions_of(module.eval(), torch.zeros(1, *sample_shape))
-        with FlopCounterMode(display=False) as counter:  # with gradients: else attention takes a hidden path
+        # Only so is attention made of products that can be counted: with gradients, by its definition.
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
             module(torch.zeros(1, *sample_shape))
     finally:
         module.train(training)
