@@ -300,10 +300,12 @@ def plan_widths(
         densities: See :func:`prune_model`.
         progress: Called with the cuts done and all cuts.
     """
+    widths = structure.dense
+    if method == "none":
+        return widths, {}
     allowed = _allowance_of_density(structure, name, density) if allowance is None else allowance
     spend = allowed.spend or getattr(structure, allowed.unit)
-    widths = structure.dense
-    if method == "none" or spend(widths) <= allowed.amount:
+    if spend(widths) <= allowed.amount:
         return widths, {}
     if densities is not None:
         found = dict(densities)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from profiles.errors import ModelError
 from pruning.fit import fit_structure
 from pruning.gates import choose_units
-from pruning.modules import trace_structure
+from pruning.modules import declare_structure, trace_structure
 from pruning.prune import Allowance, Pruned, check_method, describe_pruned, plan_widths, standardised
 from pruning.saliency import make_probe
 from pruning.shrink import narrow_module
@@ -53,7 +53,7 @@ def prune_module(
         sample_shape: Shape of one input.
         classes: Number of classes.
         name: For messages and the manifest.
-        structure: The module's groups; traced by Torch-Pruning if None.
+        structure: The module's groups; traced by Torch-Pruning if None, unless the method is ``none``.
         sizes: From the new widths to attributes that must change too, see
             :func:`pruning.shrink.narrow_module`.
         method: See :func:`pruning.prune.prune_model`, and so are the following.
@@ -75,6 +75,8 @@ def prune_module(
     module = copy.deepcopy(module).eval()
     check_module(module, sample_shape=sample_shape, classes=classes, name=name, pretrained=pretrained)
     left_whole: dict[str, str] = {}
+    if structure is None and method == "none":
+        structure = declare_structure(module, [], sample_shape=sample_shape)
     if structure is None:
         traced = trace_structure(module, sample_shape=sample_shape)
         structure, left_whole = traced.structure, traced.left_whole

@@ -74,7 +74,8 @@ def prune(
     """Make a net smaller before training, and write it as a bundle with a picture.
 
     Exactly one of --density, --params, --macs and --fit says how small; without any, half of the parameters
-    stay. Data is looked at for its shape and standardisation, and by snip and grasp; ntk needs none.
+    stay. Data is looked at for its shape and standardisation, and by snip and grasp; ntk needs none. A module
+    of your own gets the values of the data as they are.
     """
     from coordinator.cli.testbed import observing
     from coordinator.prune_command import PruneRequest, prune_to_bundle
