@@ -25,7 +25,7 @@ from edge_agent.data import load_samples, to_inputs
 from profiles.budget import predict_peak_mib
 from profiles.cost import Cost, graph_cost
 from profiles.device import load_profile
-from profiles.errors import ConfigError
+from profiles.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
     from pruning.prune import Allowance
@@ -102,7 +102,16 @@ def prune_to_bundle(request: PruneRequest, *, observer: Observer) -> dict[str, A
     observer.stage(f"pruning {request.model} by {request.method}")
     write = _write_mask if request.mode == "mask" else _write_narrow
     with _all_at_once(request.out) as folder:
-        bundle = write(request, problem, allowed_mib, folder, observer)
+        try:
+            bundle = write(request, problem, allowed_mib, folder, observer)
+        except RuntimeError as error:
+            if "allocate memory" not in str(error) and "not enough memory" not in str(error):  # torch's words
+                raise
+            raise ModelError(
+                f"{request.model} for samples of the shape {problem.sample_shape} "
+                "does not fit this machine's memory",
+                hint="Give a smaller --shape or another model; the dense net is made before it is pruned.",
+            ) from error
         facts = {**_facts(bundle, request.batch_size), "bundle": str(request.out)}
         line = BudgetLine(request.fit or "", allowed_mib) if allowed_mib is not None else None
         (folder / "pruning.svg").write_text(prune_picture(facts, line), encoding="utf-8")

@@ -86,6 +86,7 @@ class Pruned:
         macs_dense: Multiply-accumulates of one sample's forward before.
         macs: The same after.
         densities: Fraction that the saliency left standing, per layer; empty without a saliency.
+        kept: Fraction of its weights that stays of each layer, at the new widths.
         left_whole: Layers whose outputs keep their width since tracing could not follow them, and why.
     """
 
@@ -104,6 +105,7 @@ class Pruned:
     macs_dense: int
     macs: int
     densities: dict[str, float]
+    kept: dict[str, float] = field(default_factory=dict)
     left_whole: dict[str, str] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
@@ -255,6 +257,7 @@ def describe_pruned(
         macs_dense=structure.macs(structure.dense),
         macs=structure.macs(widths),
         densities=dict(densities),
+        kept={t.name: t.size(widths) / t.size(structure.dense) for t in structure.layers},
         left_whole=dict(left_whole or {}),
     )
 

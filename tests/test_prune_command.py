@@ -164,6 +164,7 @@ def test_bad_modules_are_refused(nets, function, message):
         (["mlp", "--shape", "8", "--classes", "3", "--explored", "runs"], 3, "do not go together"),
         (["vgg", "--shape", "1x8x8", "--classes", "3"], 5, "'vgg' is unknown"),
         (["gone.py:net", "--shape", "1x8x8", "--classes", "3"], 5, "no Python file"),
+        (["mlp", "--shape", "100000000000000", "--classes", "3"], 5, "does not fit this machine's memory"),
         (["lenet", "--shape", "1x8x8", "--classes", "3", "--params", "nan"], 3, "--params nan is no number"),
         (["lenet", "--shape", "1x8x8", "--classes", "3", "--macs", "inf"], 3, "--macs inf is no number"),
         (["lenet", "--shape", "1x8x8", "--classes", "3", "--params", "0"], 3, "--params 0 is no number"),
@@ -214,6 +215,13 @@ def test_a_bundle_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     assert (out / "notes.txt").read_text() == "mine"
     assert {path.name for path in out.iterdir()} == set(before) - {"manifest.sig", "graph.old.onnx"}
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_an_unknown_board_gets_the_known_ones(tmp_path, capsys):
+    """--fit of a name like no other lists all profiles."""
+    words = ["prune", "lenet", "--shape", "1x8x8", "--classes", "3", "--fit", "q", "-o", str(tmp_path / "b")]
+    assert main(words) == 7
+    assert "Known: generic-arm64, " in capsys.readouterr().err
 
 
 def test_labels_beyond_the_classes_are_refused(images, tmp_path, capsys):
@@ -302,7 +310,8 @@ def test_picture_shows_every_layer_and_the_budget():
         "method": "ntk",
         "params": 50,
         "params_dense": 100,
-        "densities": {"conv1.weight": 0.5, "fc1.weight": 0.2},
+        "densities": {"fc1.weight": 0.2},
+        "kept": {"conv1.weight": 0.5, "fc1.weight": 0.25},
         "widths_dense": {"first": 8, "second": 9},
         "widths": {"first": 4, "second": 5},
         "predicted_peak_mib_dense": 80.0,
@@ -312,7 +321,15 @@ def test_picture_shows_every_layer_and_the_budget():
     }
     svg = prune_picture(facts, BudgetLine("pi-zero-2w", 75.0))
     said = " ".join(ElementTree.fromstring(svg).itertext())
-    for word in ("conv1", "fc1", "first", "second", "pi-zero-2w", "50 of 100 parameters"):
+    for word in (
+        "conv1",
+        "fc1",
+        "the saliency left",
+        "first",
+        "second",
+        "pi-zero-2w",
+        "50 of 100 parameters",
+    ):
         assert word in said
     assert svg == prune_picture(facts, BudgetLine("pi-zero-2w", 75.0))
 
