@@ -134,9 +134,9 @@ def _check(request: PruneRequest) -> None:
             )
     if request.mode not in ("structured", "mask"):
         raise ConfigError(f"--mode {request.mode} is unknown", hint="Write structured or mask.")
-    if request.mode == "mask" and (":" in request.model or given not in ([], ["density"])):
+    if request.mode == "mask" and given not in ([], ["density"]):
         raise ConfigError(
-            "--mode mask takes a reference net and --density only: a mask saves neither MACs nor memory",
+            "--mode mask takes --density only: a mask saves neither MACs nor memory",
             hint="Leave --mode out for narrower layers.",
         )
     if (request.method == "autoflip") != (request.explored is not None):
@@ -308,21 +308,26 @@ def _explored(
 def _write_mask(
     request: PruneRequest, problem: _Problem, allowed_mib: float | None, folder: Path, observer: Observer
 ) -> Bundle:
-    from pruning.masked import mask_model, write_masked
+    from pruning.masked import mask_model, mask_module, write_masked
     from pruning.models import standardisation
+    from pruning.prune_module import load_module
 
-    masked = mask_model(
-        request.model,
-        sample_shape=problem.sample_shape,
-        classes=problem.classes,
-        method=str(request.method),
-        density=0.5 if request.density is None else request.density,
-        draws=request.draws,
-        seed=request.seed,
-        standardise=None if problem.inputs is None else standardisation(problem.inputs),
-        labelled=_labelled(problem),
-        progress=observer.pruning,
-    )
+    asked: dict[str, Any] = {
+        "sample_shape": problem.sample_shape,
+        "classes": problem.classes,
+        "method": str(request.method),
+        "density": 0.5 if request.density is None else request.density,
+        "draws": request.draws,
+        "seed": request.seed,
+        "labelled": _labelled(problem),
+        "progress": observer.pruning,
+    }
+    if ":" in request.model:
+        module = load_module(request.model, seed=request.seed)
+        masked = mask_module(module, name=request.model.rpartition(":")[2], **asked)
+    else:
+        standardise = None if problem.inputs is None else standardisation(problem.inputs)
+        masked = mask_model(request.model, standardise=standardise, **asked)
     return write_masked(masked, folder, cost=_cost)
 
 

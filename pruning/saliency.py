@@ -42,7 +42,8 @@ class Probe:
         module: The net; its own weights are used only by scores that start from given weights. It is
             never changed.
         prunable: Names of the weights that get a mask.
-        kept: Names of the weights that count into the saliency but always stay (the output layer).
+        kept: Names of the weights that count into the saliency but always stay: the output layer, and what is
+            not trained.
         sample_shape: Shape of one input.
         draws: Independent draws that a score averages over, R in the papers.
         batch: Gaussian inputs per draw.
@@ -107,13 +108,14 @@ def make_probe(
     ]
     weights = list(dict.fromkeys(weights))
     last = output_layer(module, sample_shape=sample_shape) if keep_output else None
-    prunable = tuple(name for name in weights if name != last)
+    frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
+    prunable = tuple(name for name in weights if name != last and name not in frozen)
     if not prunable:
         raise ModelError(
             f"{type(module).__name__} has no layer that can be pruned",
             hint="Give a net with at least one linear layer or convolution before its output.",
         )
-    kept = tuple(name for name in weights if name == last)
+    kept = tuple(name for name in weights if name not in prunable)
     return Probe(module, prunable, kept, tuple(sample_shape), draws, batch, epsilon, seed, labelled)
 
 

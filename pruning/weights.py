@@ -59,11 +59,12 @@ def fresh_weights(module: nn.Module, *, seed: int) -> dict[str, Tensor]:
 
 
 def initialise(module: nn.Module, *, seed: int) -> None:
-    """Overwrite the module's parameters with :func:`fresh_weights`."""
+    """Overwrite the module's trained parameters with :func:`fresh_weights`; what is frozen stays."""
     parameters = dict(module.named_parameters())
     with torch.no_grad():
         for name, values in fresh_weights(module, seed=seed).items():
-            parameters[name].copy_(values)
+            if parameters[name].requires_grad:
+                parameters[name].copy_(values)
 
 
 def _dense(weight: Tensor, generator: torch.Generator) -> Tensor:

@@ -237,6 +237,8 @@ def test_ones_own_module_takes_every_option(images, nets, tmp_path, capsys):
     words = ["prune", f"{nets}:net", "--data", str(images), "--json", *FAST]
     assert main([*words, "--method", "snip", "--density", "0.4", "-o", str(tmp_path / "a")]) == 0
     assert set(json.loads(capsys.readouterr().out)["densities"]) == {"0.weight"}
+    assert main([*words, "--mode", "mask", "--density", "0.99", "-o", str(tmp_path / "mask")]) == 0
+    assert json.loads(capsys.readouterr().out)["mode"] == "mask"
     assert main([*words, "--fit", "pi-zero-2w", "--batch-size", "1000000", "-o", str(tmp_path / "b")]) == 5
     assert "MiB of predicted peak memory is below the narrowest net" in capsys.readouterr().err
 

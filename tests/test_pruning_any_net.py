@@ -8,10 +8,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from edge_agent.forward import Forward
 from profiles.cost import graph_cost
 from profiles.errors import ModelError
 from pruning.export import export_graph
 from pruning.gates import choose_units
+from pruning.masked import mask_module, write_masked
 from pruning.modules import Coupling, declare_structure, trace_structure
 from pruning.prune import Allowance
 from pruning.prune_module import prune_module
@@ -182,6 +184,7 @@ def gap(one, two, shape):
 def test_every_width_is_followed_and_cut_exactly(name):
     """All layers but the last are followed; half of the units leave what the masked net computes."""
     make, shape = NETS[name]
+    torch.manual_seed(0)
     net = shaken(make())
     traced = trace_structure(net, sample_shape=shape)
     structure = traced.structure
@@ -358,6 +361,45 @@ def test_a_budget_that_is_too_small_names_what_kept_its_width():
             ChannelsLast(), sample_shape=IMAGE, classes=7, method="uniform", allowance=allowance, name="own"
         )
     assert "17,927" in refused.value.hint
+
+
+def test_frozen_layers_keep_their_weights(tmp_path):
+    """What is not trained keeps its values, in the narrow net and in the masked one, and gets no mask."""
+    net = nn.Sequential(nn.Linear(9, 16), nn.ReLU(), nn.Linear(16, 20), nn.ReLU(), nn.Linear(20, 7))
+    net[0].requires_grad_(False)
+    options = {"sample_shape": (9,), "classes": 7, "draws": 1, "schedule_steps": 2, "density": 0.6}
+    narrow = prune_module(net, **options, method="ntk")
+    rows = [tuple(row) for row in net[0].weight.tolist()]
+    assert len(narrow.module[0].weight) < 16 or len(narrow.module[2].weight) < 20
+    assert all(tuple(row) in rows for row in narrow.module[0].weight.tolist())
+
+    masked = mask_module(net, **options)
+    assert list(masked.masks) == ["2.weight"]
+    assert torch.equal(masked.module[0].weight, net[0].weight)
+    bundle = write_masked(masked, tmp_path, cost=lambda graph: graph_cost(graph).as_dict())
+    assert [tensor.name for tensor in bundle.tensors] == ["2.weight", "2.bias", "4.weight", "4.bias"]
+
+
+@pytest.mark.parametrize("make", [Split, Positions, Twice], ids=["convolutions", "attention", "twice"])
+def test_masks_of_any_net(make, tmp_path):
+    """A mask over a net of one's own keeps the asked weights, and the bundle computes the masked net."""
+    shape = (8, 12) if make is Positions else IMAGE
+    masked = mask_module(
+        make(), sample_shape=shape, classes=7, density=0.6, draws=1, schedule_steps=2, name="own"
+    )
+    bundle = write_masked(masked, tmp_path, cost=lambda graph: graph_cost(graph).as_dict())
+    assert 0.59 * masked.params_dense < bundle.params <= 0.6 * masked.params_dense
+    x = torch.randn(3, *shape)
+    with torch.no_grad():
+        assert all(
+            (p[masked.masks[n] == 0] == 0).all()
+            for n, p in masked.module.named_parameters()
+            if n in masked.masks
+        )
+        expected = masked.module(x).numpy()
+    found = Forward(bundle, bundle.replica().weights).logits(x.numpy())
+    assert np.abs(found - expected).max() < 1e-5 * max(1, np.abs(expected).max())
+    assert bundle.cost["forward_flops"] == bundle.pruning["forward_flops_dense"]
 
 
 def test_the_module_is_left_as_it_is():

@@ -212,6 +212,25 @@ class Lent(nn.Module):
         return self.head(self.inner(torch.relu(self.first(x))))
 
 
+class Shut(nn.Module):
+    """A net whose middle is shut by a ReLU at the weights that it has."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.inner, self.head = nn.Linear(6, 2), nn.Linear(2, 2), nn.Linear(2, 3)
+        nn.init.constant_(self.first.bias, -9.0)
+
+    def forward(self, x):
+        """Classify rows."""
+        return self.head(torch.tanh(self.inner(torch.relu(self.first(x)))))
+
+
+def test_a_shut_unit_is_no_unused_tensor():
+    """A tensor that does not move the loss at one set of weights, but at others, is no error."""
+    exported = export_graph(Shut(), sample_shape=(6,), classes=3)
+    assert list(exported.weights)[:2] == ["first.weight", "first.bias"]
+
+
 @pytest.mark.parametrize(
     ("net", "head", "hidden"),
     [(Leaky, ("head.weight", "head.bias"), ()), (Rerun, (), ()), (Lent, (), ())],
