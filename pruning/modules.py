@@ -140,7 +140,7 @@ def trace_structure(
     except Exception as error:  # it raises whatever its tracing meets
         raise ModelError(
             f"Torch-Pruning cannot trace {type(module).__name__}: {error}",
-            hint="Declare the groups with pruning.modules.Coupling.",
+            hint="Declare the module's `couplings` (docs/pruning.md).",
         ) from error
     found = _join_split_layers(module, _read_candidates(module, graph, candidates))
     _mark_conflicts(module, found)
@@ -163,7 +163,7 @@ def trace_structure(
         raise ModelError(
             f"{type(module).__name__} has no layer whose width could change"
             + "".join(f"; {k}: {v}" for k, v in whole.items()),
-            hint="Declare its groups with pruning.modules.Coupling, or add a layer before the output.",
+            hint="Declare its `couplings` (docs/pruning.md), or add a layer before the output.",
         )
     return Traced(structure, whole)
 

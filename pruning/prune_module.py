@@ -5,8 +5,9 @@ Knows how a module is loaded from a Python file and how its units are chosen. Do
 
 import copy
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from profiles.errors import ModelError
 from pruning.fit import fit_structure
 from pruning.gates import choose_units
-from pruning.modules import declare_structure, trace_structure
+from pruning.modules import Coupling, declare_structure, trace_structure
 from pruning.prune import Allowance, Pruned, check_method, describe_pruned, plan_widths, standardised
 from pruning.saliency import make_probe
 from pruning.shrink import narrow_module
@@ -24,6 +25,8 @@ from pruning.structure import Axis, Structure
 from pruning.weights import derive_seed, initialise
 
 __all__ = ["check_module", "load_module", "prune_module", "unit_magnitudes"]
+
+_Sizes = Callable[[Mapping[str, int]], Mapping[str, int]]
 
 
 def prune_module(
@@ -33,7 +36,7 @@ def prune_module(
     classes: int,
     name: str = "module",
     structure: Structure | None = None,
-    sizes: Callable[[Mapping[str, int]], Mapping[str, int]] | None = None,
+    sizes: _Sizes | None = None,
     method: str = "ntk",
     density: float = 0.5,
     allowance: Allowance | None = None,
@@ -49,11 +52,13 @@ def prune_module(
     """Return a module with narrower layers, checked against its masked twin.
 
     Args:
-        module: Takes (n, *sample_shape) float32, gives (n, classes); it is left as it is.
+        module: Takes (n, *sample_shape) float32, gives (n, classes); it is left as it is. Where it has the
+            attribute ``couplings``, these are its groups, and its ``sizes_at``, if it has that, is ``sizes``.
         sample_shape: Shape of one input.
         classes: Number of classes.
         name: For messages and the manifest.
-        structure: The module's groups; traced by Torch-Pruning if None, unless the method is ``none``.
+        structure: The module's groups; those it declares if None, else traced by Torch-Pruning, unless the
+            method is ``none``.
         sizes: From the new widths to attributes that must change too, see
             :func:`pruning.shrink.narrow_module`.
         method: See :func:`pruning.prune.prune_model`, and so are the following.
@@ -75,6 +80,10 @@ def prune_module(
     module = copy.deepcopy(module).eval()
     check_module(module, sample_shape=sample_shape, classes=classes, name=name, pretrained=pretrained)
     left_whole: dict[str, str] = {}
+    if structure is None and hasattr(module, "couplings"):
+        couplings = cast("Sequence[Coupling]", module.couplings)
+        structure = declare_structure(module, couplings, sample_shape=sample_shape)
+        sizes = sizes or cast("_Sizes | None", getattr(module, "sizes_at", None))
     if structure is None and method == "none":
         structure = declare_structure(module, [], sample_shape=sample_shape)
     if structure is None:

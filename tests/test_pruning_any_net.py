@@ -15,7 +15,7 @@ from pruning.export import export_graph
 from pruning.gates import choose_units
 from pruning.masked import mask_module, write_masked
 from pruning.modules import Coupling, declare_structure, trace_structure
-from pruning.prune import Allowance
+from pruning.prune import Allowance, write_pruned
 from pruning.prune_module import prune_module
 from pruning.shrink import masked_module, narrow_module
 
@@ -293,6 +293,50 @@ class Positions(nn.Module):
     def forward(self, x):
         """Classify sequences."""
         return self.head(self.block(self.enter(x) + self.places).mean(1))
+
+
+class Heads(nn.Module):
+    """Attention of six heads of four, which it declares together with the FFN's neurons."""
+
+    couplings = (
+        Coupling("heads", 6, writes=("query", "key", "value"), reads=("mix",)),
+        Coupling("neurons", 40, writes=("up",), reads=("down",)),
+    )
+
+    def __init__(self):
+        super().__init__()
+        self.heads = 6
+        self.query, self.value = nn.Linear(12, 24), nn.Linear(12, 24)
+        self.key, self.mix = nn.Linear(12, 24, bias=False), nn.Linear(24, 12)
+        self.up, self.down, self.head = nn.Linear(12, 40), nn.Linear(40, 12), nn.Linear(12, 7)
+
+    def sizes_at(self, widths):
+        """Return what the code remembers."""
+        return {"heads": widths["heads"]}
+
+    def forward(self, x):
+        """Classify sequences of eight."""
+        q, k, v = (
+            p(x).reshape(-1, 8, self.heads, 4).transpose(1, 2) for p in (self.query, self.key, self.value)
+        )
+        mixed = (q @ k.transpose(2, 3) / 2).softmax(-1) @ v
+        x = x + self.mix(mixed.transpose(1, 2).reshape(-1, 8, 4 * self.heads))
+        return self.head((x + self.down(functional.gelu(self.up(x)))).mean(1))
+
+
+@pytest.mark.parametrize("method", ["uniform", "ntk"])
+def test_a_module_declares_its_heads(method, tmp_path):
+    """Couplings of the module are narrowed, heads among them, and the bundle computes the narrow net."""
+    pruned = prune_module(
+        Heads(), sample_shape=(8, 12), classes=7, method=method, density=0.5, draws=1, schedule_steps=3
+    )
+    assert pruned.widths_dense == {"heads": 6, "neurons": 40}
+    assert pruned.module.heads == pruned.widths["heads"] < 6
+    bundle = write_pruned(pruned, tmp_path, cost=lambda graph: graph_cost(graph).as_dict())
+    x = torch.randn(3, 8, 12)
+    with torch.no_grad():
+        expected = pruned.module(x).numpy()
+    assert np.abs(Forward(bundle, bundle.replica().weights).logits(x.numpy()) - expected).max() < 1e-4
 
 
 def test_bare_parameters_and_attention_are_no_obstacle():
