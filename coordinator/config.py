@@ -98,7 +98,7 @@ def with_settings(experiment: Experiment, overrides: Sequence[str]) -> Experimen
 
 def _resolved(table: dict[str, Any], overrides: Sequence[str], *, source: str) -> Experiment:
     written_for = _get(table, "method", "name")
-    asked = {override(table, assignment, paths={"data.path"}) for assignment in overrides}
+    asked = {override(table, assignment, paths=_paths(assignment)) for assignment in overrides}
     if isinstance(method := table.get("method"), dict):
         for constant in _constants_of(written_for).keys() - _constants_of(method.get("name")).keys():
             if f"method.{constant}" not in asked:  # what was asked for by name is refused, not dropped
@@ -132,10 +132,16 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path} is not valid TOML: {error}.", hint="Mend that line; texts need quotes."
         ) from error
-    data = _get(table, "data", "path")
-    if isinstance(data, str) and data:
-        table["data"]["path"] = str((path.parent / Path(data).expanduser()).resolve())
+    for section, key in (("data", "path"), ("model", "name")):
+        named = _get(table, section, key)
+        if isinstance(named, str) and named and f"{section}.{key}" in _paths(named):
+            table[section][key] = str((path.parent / Path(named).expanduser()).resolve())
     return table
+
+
+def _paths(text: str) -> set[str]:
+    """Return the keys whose values are paths: also a model's name, where it names a file."""
+    return {"data.path", "model.name"} if ".py:" in text else {"data.path"}
 
 
 def _get(table: Mapping[str, Any], section: str, key: str) -> object:

@@ -42,11 +42,19 @@ class Model:
     """Which net is trained; its input and output follow the data.
 
     Attributes:
-        name: ``auto`` takes what suits the shape of the data.
+        name: ``auto`` takes what suits the shape of the data; ``FILE.py:FUNCTION``, with the file named as in
+            ``data.path``, a torch module of one's own, which gets the data file's values as they are.
         hidden: Widths of the hidden layers before pruning; only an MLP looks at it.
     """
 
-    name: Annotated[str, Choice(("auto", "mlp", "lenet", "resnet20", "wrn10_2", "dscnn"))] = "auto"
+    name: Annotated[
+        str,
+        Choice(
+            ("auto", "mlp", "lenet", "resnet20", "wrn10_2", "dscnn"),
+            pattern=r"(?s).+\.py:[A-Za-z_]\w*",
+            rule="FILE.py:FUNCTION for a module of your own",
+        ),
+    ] = "auto"
     hidden: Annotated[tuple[int, ...], Wholes(remedy="For example `hidden = [64, 32]`.")] = (64, 32)
 
 

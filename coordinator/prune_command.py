@@ -3,9 +3,13 @@
 Knows what the options mean together. Does not know how a net is pruned, nor the command line.
 """
 
+import contextlib
 import dataclasses
+import math
+import os
 import re
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,12 +20,12 @@ from numpy.typing import NDArray
 from coordinator.progress import Observer
 from coordinator.prune_picture import BudgetLine, prune_picture
 from coordinator.scalar_log import ScalarLog
-from edge_agent.bundle import Bundle, read_bundle
+from edge_agent.bundle import SIGNATURE, Bundle, read_bundle
 from edge_agent.data import load_samples, to_inputs
 from profiles.budget import predict_peak_mib
 from profiles.cost import Cost, graph_cost
 from profiles.device import load_profile
-from profiles.errors import ConfigError
+from profiles.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
     from pruning.prune import Allowance
@@ -97,10 +101,20 @@ def prune_to_bundle(request: PruneRequest, *, observer: Observer) -> dict[str, A
     allowed_mib = load_profile(request.fit).memory_mib.value if request.fit else None
     observer.stage(f"pruning {request.model} by {request.method}")
     write = _write_mask if request.mode == "mask" else _write_narrow
-    bundle = write(request, problem, allowed_mib, observer)
-    facts = _facts(bundle, request.batch_size)
-    line = BudgetLine(request.fit or "", allowed_mib) if allowed_mib is not None else None
-    (request.out / "pruning.svg").write_text(prune_picture(facts, line), encoding="utf-8")
+    with _all_at_once(request.out) as folder:
+        try:
+            bundle = write(request, problem, allowed_mib, folder, observer)
+        except RuntimeError as error:
+            if "allocate memory" not in str(error) and "not enough memory" not in str(error):  # torch's words
+                raise
+            raise ModelError(
+                f"{request.model} for samples of the shape {problem.sample_shape} "
+                "does not fit this machine's memory",
+                hint="Give a smaller --shape or another model; the dense net is made before it is pruned.",
+            ) from error
+        facts = {**_facts(bundle, request.batch_size), "bundle": str(request.out)}
+        line = BudgetLine(request.fit or "", allowed_mib) if allowed_mib is not None else None
+        (folder / "pruning.svg").write_text(prune_picture(facts, line), encoding="utf-8")
     for text in _lines(facts, request):
         observer.line(text)
     return facts
@@ -112,11 +126,17 @@ def _check(request: PruneRequest) -> None:
         raise ConfigError(
             f"--{' and --'.join(given)} say how small in {len(given)} ways", hint="Give one of them."
         )
+    for name in ("params", "macs"):
+        amount = getattr(request, name)
+        if amount is not None and not (math.isfinite(amount) and amount > 0):
+            raise ConfigError(
+                f"--{name} {amount:g} is no number above 0", hint="Give how many may stay, like 20000 or 2e4."
+            )
     if request.mode not in ("structured", "mask"):
         raise ConfigError(f"--mode {request.mode} is unknown", hint="Write structured or mask.")
-    if request.mode == "mask" and (":" in request.model or given not in ([], ["density"])):
+    if request.mode == "mask" and given not in ([], ["density"]):
         raise ConfigError(
-            "--mode mask takes a reference net and --density only: a mask saves neither MACs nor memory",
+            "--mode mask takes --density only: a mask saves neither MACs nor memory",
             hint="Leave --mode out for narrower layers.",
         )
     if (request.method == "autoflip") != (request.explored is not None):
@@ -134,6 +154,42 @@ def _check(request: PruneRequest) -> None:
         )
     if request.shape is not None and not _SHAPE.fullmatch(request.shape):
         raise ConfigError(f"--shape {request.shape} is no shape", hint="Write 64 or 1x28x28.")
+    _check_out(request.out)
+
+
+def _check_out(out: Path) -> None:
+    """Raise ConfigError unless a folder can be made and written at ``out``."""
+    found = out.absolute()
+    while not found.exists() and found != found.parent:
+        found = found.parent
+    if not found.is_dir():
+        raise ConfigError(f"--out {out} cannot be made: {found} is a file", hint="Name another folder.")
+    if not os.access(found, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"--out {out} cannot be made: {found} may not be written", hint="Name another folder."
+        )
+
+
+@contextlib.contextmanager
+def _all_at_once(out: Path) -> Iterator[Path]:
+    """Yield a folder beside ``out``; when all is written its files go there, and none if anything fails.
+
+    Files of a bundle that was there before are replaced or removed, others are left alone.
+    """
+    beside = out.absolute().parent / f".{out.absolute().name}.{os.getpid()}"
+    try:
+        yield beside
+        if not out.exists():
+            beside.rename(out)
+            return
+        new = {path.name for path in beside.iterdir()}
+        for path in [*out.glob("graph.*.onnx"), out / SIGNATURE]:  # of the bundle that was there
+            if path.name not in new:
+                path.unlink(missing_ok=True)
+        for name in sorted(new, key=lambda name: name == "manifest.json"):  # the manifest goes last
+            (beside / name).replace(out / name)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _problem(request: PruneRequest) -> _Problem:
@@ -151,6 +207,11 @@ def _problem(request: PruneRequest) -> _Problem:
             hint="Leave --shape out.",
         )
     classes = request.classes or int(samples.y.max()) + 1
+    if samples.y.max() >= classes:
+        raise ConfigError(
+            f"--classes {classes} and the labels of {request.data} differ: they go up to {samples.y.max()}",
+            hint="Leave --classes out, or count from 0.",
+        )
     return _Problem(inputs.shape[1:], classes, inputs, samples.y)
 
 
@@ -163,11 +224,6 @@ def _allowance(request: PruneRequest, problem: _Problem, allowed_mib: float | No
             return Allowance(unit, amount)
     if allowed_mib is None:
         return None
-    if ":" in request.model:
-        raise ConfigError(
-            "--fit takes a reference net; a module of your own is fitted by --params or --macs",
-            hint="Prune it, and look at the memory that is printed.",
-        )
     return fit_memory(
         allowed_mib,
         request.model,
@@ -178,17 +234,18 @@ def _allowance(request: PruneRequest, problem: _Problem, allowed_mib: float | No
 
 
 def _write_narrow(
-    request: PruneRequest, problem: _Problem, allowed_mib: float | None, observer: Observer
+    request: PruneRequest, problem: _Problem, allowed_mib: float | None, folder: Path, observer: Observer
 ) -> Bundle:
     from pruning.models import standardisation
     from pruning.prune import prune_model, write_pruned
     from pruning.prune_module import load_module, prune_module
 
-    allowance = _allowance(request, problem, allowed_mib)
+    own = ":" in request.model
+    allowance = _allowance(request, problem, None if own else allowed_mib)
     density = 0.5 if request.density is None else request.density
-    if ":" in request.model:
+    if own:
         pruned = prune_module(
-            load_module(request.model),
+            load_module(request.model, seed=request.seed),
             sample_shape=problem.sample_shape,
             classes=problem.classes,
             name=request.model.rpartition(":")[2],
@@ -197,6 +254,9 @@ def _write_narrow(
             allowance=allowance,
             draws=request.draws,
             seed=request.seed,
+            labelled=_labelled(problem),
+            allowed_mib=allowed_mib,
+            batch_size=request.batch_size,
             progress=observer.pruning,
         )
     else:
@@ -216,7 +276,7 @@ def _write_narrow(
             hidden=hidden,
             progress=observer.pruning,
         )
-    return write_pruned(pruned, request.out, cost=_cost)
+    return write_pruned(pruned, folder, cost=_cost)
 
 
 def _explored(
@@ -246,24 +306,29 @@ def _explored(
 
 
 def _write_mask(
-    request: PruneRequest, problem: _Problem, allowed_mib: float | None, observer: Observer
+    request: PruneRequest, problem: _Problem, allowed_mib: float | None, folder: Path, observer: Observer
 ) -> Bundle:
-    from pruning.masked import mask_model, write_masked
+    from pruning.masked import mask_model, mask_module, write_masked
     from pruning.models import standardisation
+    from pruning.prune_module import load_module
 
-    masked = mask_model(
-        request.model,
-        sample_shape=problem.sample_shape,
-        classes=problem.classes,
-        method=str(request.method),
-        density=0.5 if request.density is None else request.density,
-        draws=request.draws,
-        seed=request.seed,
-        standardise=None if problem.inputs is None else standardisation(problem.inputs),
-        labelled=_labelled(problem),
-        progress=observer.pruning,
-    )
-    return write_masked(masked, request.out, cost=_cost)
+    asked: dict[str, Any] = {
+        "sample_shape": problem.sample_shape,
+        "classes": problem.classes,
+        "method": str(request.method),
+        "density": 0.5 if request.density is None else request.density,
+        "draws": request.draws,
+        "seed": request.seed,
+        "labelled": _labelled(problem),
+        "progress": observer.pruning,
+    }
+    if ":" in request.model:
+        module = load_module(request.model, seed=request.seed)
+        masked = mask_module(module, name=request.model.rpartition(":")[2], **asked)
+    else:
+        standardise = None if problem.inputs is None else standardisation(problem.inputs)
+        masked = mask_model(request.model, standardise=standardise, **asked)
+    return write_masked(masked, folder, cost=_cost)
 
 
 def _labelled(problem: _Problem) -> tuple[NDArray[np.float32], NDArray[np.int64]] | None:
@@ -290,7 +355,6 @@ def _facts(bundle: Bundle, batch_size: int) -> dict[str, Any]:
     ]
     return {
         **pruning,
-        "bundle": str(bundle.folder),
         "identity": bundle.identity,
         "batch_size": batch_size,
         "forward_flops": bundle.cost["forward_flops"],
@@ -314,4 +378,5 @@ def _lines(facts: Mapping[str, Any], request: PruneRequest) -> list[str]:
         )
         widths = (f"{k} {facts['widths_dense'][k]}->{w}" for k, w in facts["widths"].items())
         lines.append(f"widths {', '.join(widths)}")
+        lines += [f"{name} keeps its width: {why}" for name, why in facts.get("left_whole", {}).items()]
     return [*lines, f"bundle {facts['bundle']}", f"picture {request.out / 'pruning.svg'}"]

@@ -42,33 +42,35 @@ def prune_picture(facts: Mapping[str, Any], budget: BudgetLine | None = None) ->
         budget: Drawn as a line across the memory.
     """
     with mpl.rc_context(_STYLE):
-        rows = max(len(facts["densities"]), len(facts.get("widths", ())), 4)
+        kept = facts.get("kept") or facts["densities"]
+        rows = max(len(kept), len(facts.get("widths", ())), 4)
         figure = Figure(figsize=(11, 1.6 + 0.22 * rows), layout="constrained")
         figure.suptitle(
             f"{facts['model']} by {facts['method']}: "
             f"{facts['params']:,} of {facts['params_dense']:,} parameters"
         )
         axes = figure.subplots(1, 4, width_ratios=[4, 4, 1.6, 1.6])
-        _densities(axes[0], facts["densities"])
+        _densities(axes[0], kept, facts["densities"] if "kept" in facts else {})
         _widths(axes[1], facts.get("widths_dense", {}), facts.get("widths", {}))
-        _pair(axes[2], "peak memory, MiB", facts["predicted_peak_mib_dense"], facts["predicted_peak_mib"])
+        _pair(axes[2], "peak memory\nMiB", facts["predicted_peak_mib_dense"], facts["predicted_peak_mib"])
         if budget is not None:
+            axes[2].set_ylim(0, 1.25 * max(budget.memory_mib, axes[2].get_ylim()[1] / 1.25))
             axes[2].axhline(budget.memory_mib, color=_LIMIT, linestyle="--", linewidth=1)
             axes[2].annotate(budget.profile, (0.5, budget.memory_mib), ha="center", va="bottom", color=_LIMIT)
-        _pair(axes[3], "MFLOP a forward", facts["forward_flops_dense"] / 1e6, facts["forward_flops"] / 1e6)
+        _pair(axes[3], "a forward\nMFLOP", facts["forward_flops_dense"] / 1e6, facts["forward_flops"] / 1e6)
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     return text.getvalue()
 
 
-def _densities(axes: Axes, densities: Mapping[str, float]) -> None:
-    axes.set_title("density that the saliency left, by layer")
-    if not densities:
-        axes.set_axis_off()
-        axes.text(0.5, 0.5, "no saliency: one factor for all", ha="center", va="center")
-        return
-    names = [name.removesuffix(".weight") for name in densities]
-    axes.barh(names, list(densities.values()), color=_AFTER)
+def _densities(axes: Axes, kept: Mapping[str, float], asked: Mapping[str, float]) -> None:
+    axes.set_title("density by layer")
+    names = [name.removesuffix(".weight") for name in kept]
+    axes.barh(names, list(kept.values()), color=_AFTER, label="stays")
+    if asked:
+        places = [names.index(name.removesuffix(".weight")) for name in asked]
+        axes.plot(list(asked.values()), places, "D", color="black", markersize=4, label="the saliency left")
+        axes.legend(frameon=False)
     axes.set_xlim(0, 1)
     axes.invert_yaxis()
 
@@ -91,4 +93,4 @@ def _pair(axes: Axes, title: str, before: float, after: float) -> None:
     axes.bar_label(bars, fmt="%.3g")
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
-    axes.margins(y=0.15)
+    axes.set_ylim(0, 1.25 * max(before, after))

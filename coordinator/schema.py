@@ -98,17 +98,20 @@ class Number:
 
 @dataclass(frozen=True)
 class Choice:
-    """One of a few names."""
+    """One of a few names, or a text that matches ``pattern`` as a whole; ``rule`` says the same in words."""
 
     names: Sequence[str]
+    pattern: str = ""
+    rule: str = ""
 
     def __call__(self, value: object) -> str:
         """Return the name, or refuse and offer the nearest."""
-        if not isinstance(value, str) or value not in self.names:
-            raise RefusedError(
-                _sentences(f"must be one of {_list(self.names)}", _did_you_mean(value, self.names))
-            )
-        return value
+        if isinstance(value, str) and (
+            value in self.names or (self.pattern and re.fullmatch(self.pattern, value))
+        ):
+            return value
+        rule = f"must be one of {_list(self.names)}" + (f", or {self.rule}" if self.rule else "")
+        raise RefusedError(_sentences(rule, _did_you_mean(value, self.names)))
 
 
 @dataclass(frozen=True)

@@ -200,31 +200,44 @@ def make_bundle(experiment: Experiment, folder: Path, train: Samples, observer: 
     from pruning.models import choose_model, standardisation
     from pruning.nested import write_family
     from pruning.prune import prune_model, write_pruned
+    from pruning.prune_module import load_module, prune_module
 
     settings = experiment.pruning
     inputs, classes = to_inputs(train.x), int(train.y.max()) + 1
-    model = choose_model(experiment.model.name, sample_shape=inputs.shape[1:])
+    own = ".py:" in experiment.model.name
+    if own and settings.widths:
+        raise ConfigError(
+            f"pruning.widths and the model {experiment.model.name} do not go together",
+            hint="Leave widths out, or take a reference net.",
+        )
+    model = experiment.model.name
+    model = model if own else choose_model(model, sample_shape=inputs.shape[1:])
     observer.stage(f"pruning {model} to density {settings.density:g} by {settings.method}")
+    asked: dict[str, Any] = {
+        "sample_shape": inputs.shape[1:],
+        "classes": classes,
+        "method": settings.method,
+        "density": settings.density,
+        "draws": settings.draws,
+        "schedule_steps": settings.schedule_steps,
+        "seed": experiment.seed,
+        "progress": observer.pruning,
+    }
     shared: dict[str, Any] = {
         "hidden": experiment.model.hidden if model == "mlp" else None,
         "standardise": standardisation(inputs),
     }
-    pruned = prune_model(
-        model,
-        sample_shape=inputs.shape[1:],
-        classes=classes,
-        method=settings.method,
-        density=settings.density,
-        draws=settings.draws,
-        schedule_steps=settings.schedule_steps,
-        seed=experiment.seed,
-        progress=observer.pruning,
-        **shared,
-    )
+    if own:
+        module = load_module(model, seed=experiment.seed)
+        pruned = prune_module(module, name=model.rpartition(":")[2], **asked)
+    else:
+        pruned = prune_model(model, **asked, **shared)
     observer.line(
         f"{pruned.model}: {pruned.params_dense:,} -> {pruned.params:,} parameters, "
         f"{pruned.macs_dense:,} -> {pruned.macs:,} MACs a sample"
     )
+    for layer, reason in pruned.left_whole.items():
+        observer.line(f"{layer} keeps its width: {reason}")
     if settings.widths:
         folders = folders_of(folder, len(settings.widths))[::-1]
         family = write_family(pruned, folders, fractions=settings.widths, cost=_cost, **shared)

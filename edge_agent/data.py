@@ -101,7 +101,9 @@ def load_samples(path: Path, part: str, *, classes: int | None = None) -> Sample
             f"there is no data file {path}", hint="Set data.path to an existing .npz file."
         ) from None
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} cannot be read as an .npz file: {error}") from None
+        # To a file of any other kind numpy says that it holds pickles, and how to load these all the same.
+        reason = "it is of another kind" if "contains pickled" in str(error) else str(error)
+        raise DataError(f"{path} cannot be read as an .npz file: {reason}") from None
     return _checked(x, y, f"{path} ({part})", classes)
 
 

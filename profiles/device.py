@@ -146,7 +146,7 @@ def load_profile(name: str, *, folder: Path | None = None) -> Profile:
     files = _files(folder)
     if name not in files:
         near = difflib.get_close_matches(name, files, n=1, cutoff=0.4)
-        hint = f"Did you mean `{near[0]}`? " if near else ""
+        hint = f"Did you mean `{near[0]}`? " if near else f"Known: {', '.join(sorted(files))}. "
         raise ProfileError(f"There is no device profile `{name}`.", hint=hint + ProfileError.hint)
     return read_profile(files[name], folder=folder)
 

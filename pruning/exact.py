@@ -6,6 +6,7 @@ activation, from its own. Knows torch modules; does not know ONNX.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -101,8 +102,9 @@ class WithLoss(nn.Module):
 def find_last_layers(net: nn.Module, x: Tensor) -> list[LinearLayer]:
     """Return the linear layer that makes the logits of a batch, and the one before it if it can be told.
 
-    A layer counts if its tensors are trained and stand in the order weight, bias; the one before the last,
-    if its output goes through nothing but a known activation, and other layers are left to be perturbed.
+    A layer counts if it runs once, and its tensors are its own, trained and stand in the order weight, bias;
+    the one before the last, if its output goes through nothing but a known activation, and other layers are
+    left to be perturbed. The activation is told by what becomes of outputs from -8 to 8.
 
     Args:
         net: In evaluation mode.
@@ -110,9 +112,11 @@ def find_last_layers(net: nn.Module, x: Tensor) -> list[LinearLayer]:
     """
     made: dict[str, Tensor] = {}
     given: dict[str, Tensor] = {}
+    calls: Counter[str] = Counter()
 
     def keep(name: str, inputs: Tensor, output: Tensor) -> None:
         given[name], made[name] = inputs, output
+        calls[name] += 1
 
     handles = [
         layer.register_forward_hook(lambda _, inputs, output, name=name: keep(name, inputs[0], output))
@@ -124,7 +128,7 @@ def find_last_layers(net: nn.Module, x: Tensor) -> list[LinearLayer]:
     for handle in handles:
         handle.remove()
     trained = [name for name, parameter in net.named_parameters() if parameter.requires_grad]
-    layers = {name: tensors for name in made if (tensors := _tensors(net, name, trained))}
+    layers = {name: own for name in made if calls[name] == 1 and (own := _tensors(net, name, trained))}
     last = next((name for name in layers if made[name] is logits and logits.dim() == 2), None)
     if last is None:
         return []
@@ -132,13 +136,37 @@ def find_last_layers(net: nn.Module, x: Tensor) -> list[LinearLayer]:
     for name, tensors in layers.items():
         if name == last or len(tensors) + len(layers[last]) == len(trained):
             continue
-        for activation, (function, _) in ACTIVATIONS.items():
-            if made[name].shape == given[last].shape and torch.allclose(function(made[name]), given[last]):
-                return [*found, LinearLayer(name, tensors, activation)]
+        if made[name].shape == given[last].shape and (activation := _activation(net, name, last, x)):
+            return [*found, LinearLayer(name, tensors, activation)]
     return found
 
 
+def _activation(net: nn.Module, name: str, last: str, x: Tensor) -> str:
+    """Return the activation between a layer's output and the last layer's input; empty if none is known."""
+    many = x.repeat(8, *(1,) * (x.dim() - 1))
+    units = net.get_submodule(name).out_features
+    outputs = torch.linspace(-8.0, 8.0, len(many) * int(units)).reshape(len(many), -1)  # type: ignore[arg-type]
+    seen: list[Tensor] = []
+    handles = [
+        net.get_submodule(name).register_forward_hook(lambda *_: outputs),
+        net.get_submodule(last).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])),
+    ]
+    try:
+        with torch.no_grad():
+            net(many)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for activation, (function, _) in ACTIVATIONS.items():
+        if torch.allclose(function(outputs), seen[0], atol=1e-6):
+            return activation
+    return ""
+
+
 def _tensors(net: nn.Module, name: str, trained: Sequence[str]) -> tuple[str, ...]:
-    """Return the names of a layer's tensors, if all are trained and stand in the layer's own order."""
+    """Return the names of a layer's tensors, if all are trained, its own, and stand in its order."""
+    held = [id(p) for layer in net.modules() for p in layer.parameters(recurse=False)]
+    if any(held.count(id(p)) > 1 for p in net.get_submodule(name).parameters()):
+        return ()
     tensors = [f"{name}.{part}".lstrip(".") for part, _ in net.get_submodule(name).named_parameters()]
     return tuple(tensors) if [tensor for tensor in trained if tensor in tensors] == tensors else ()

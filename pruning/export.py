@@ -22,6 +22,7 @@ from edge_agent.bundle import Bundle, flat_layout, write_bundle
 from edge_agent.session import open_session
 from profiles.errors import ModelError
 from pruning.exact import LinearLayer, WithLoss, find_last_layers
+from pruning.fold import fold_shapes
 from pruning.fuse import BLOCKS, block, fuse
 from pruning.weights import derive_seed
 
@@ -33,6 +34,7 @@ TOLERANCE = 1e-5
 _OPSET = 18
 _INPUTS = ("x", "y")
 _OUTPUTS = ("loss", "correct", "logits")
+_ATTEMPTS = 6
 _GRADIENTS = ("head_gradient", "hidden_gradient")
 
 
@@ -81,7 +83,8 @@ def export_graph(
     _jitter(twin)
     x, y = _example(sample_shape, classes, 2)
     last = find_last_layers(twin, x)
-    graph = _weights_as_inputs(_trace(copy.deepcopy(twin), x, y, classes, last), names)
+    traced = _trace(copy.deepcopy(twin), x, y, classes, last)
+    graph = fold_shapes(_weights_as_inputs(traced, names), sample_shape=sample_shape)
     weights = {
         name: p.detach().to(torch.float32).contiguous().numpy().copy()
         for name, p in module.named_parameters()
@@ -172,11 +175,13 @@ def graph_variants(graph: bytes) -> dict[str, bytes]:
 
 
 def _jitter(module: nn.Module) -> None:
-    """Make all parameters differ: the exporter merges tensors of equal values, such as two norms' ones."""
+    """Make trained parameters differ: the exporter merges equal tensors, such as two norms' ones."""
     generator = torch.Generator().manual_seed(derive_seed("export"))
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.requires_grad:
+                parameter.add_(noise, alpha=0.05)
 
 
 def _example(sample_shape: tuple[int, ...], classes: int, n: int) -> tuple[Tensor, Tensor]:
@@ -280,14 +285,19 @@ def _verify(
         worst = max(worst, error)
     module.train(training)
     x, y = _example(sample_shape, classes, 8)
-    base = run(jittered, x, y)[0]
-    dead = []
-    for name, parameter in jittered.named_parameters():
-        if name in names:
-            shift = np.random.default_rng(0).standard_normal(parameter.shape).astype(np.float32)
-            moved = run(jittered, x, y, **{name: parameter.detach().numpy() + shift})[0]
-            if moved == base:
-                dead.append(name)
+    dead = names
+    for attempt in range(_ATTEMPTS):  # a narrow layer's ReLU may be shut by one set of weights
+        rng = np.random.default_rng(attempt)
+        point = {
+            name: (p.detach().numpy() + 0.5 * attempt * rng.standard_normal(p.shape)).astype(np.float32)
+            for name, p in jittered.named_parameters()
+            if name in names
+        }
+        base = run(jittered, x, y, **point)[0]
+        shifts = {name: rng.standard_normal(point[name].shape).astype(np.float32) for name in dead}
+        dead = [n for n in dead if run(jittered, x, y, **{**point, n: point[n] + shifts[n]})[0] == base]
+        if not dead:
+            break
     if dead:
         raise ModelError(
             f"the loss does not depend on {', '.join(dead)}",

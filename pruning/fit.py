@@ -4,15 +4,18 @@ Knows how to ask :mod:`profiles.budget` what a net at given widths will need, by
 know how widths are chosen.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import nn
 
 from profiles.budget import predict_peak_mib
 from profiles.cost import graph_cost
 from pruning.export import export_graph
 from pruning.models import build_model, choose_model, model_structure
 from pruning.prune import Allowance
+from pruning.structure import Structure
 
-__all__ = ["fit_memory"]
+__all__ = ["fit_memory", "fit_structure"]
 
 
 def fit_memory(
@@ -41,7 +44,46 @@ def fit_memory(
         data_bytes: What the board's samples take.
     """
     model = choose_model(name, sample_shape=sample_shape)
-    structure = model_structure(model, sample_shape=sample_shape, classes=classes, hidden=hidden)
+    return fit_structure(
+        allowed_mib,
+        model_structure(model, sample_shape=sample_shape, classes=classes, hidden=hidden),
+        lambda widths: build_model(
+            model, sample_shape=sample_shape, classes=classes, widths=widths, hidden=hidden
+        ),
+        sample_shape=sample_shape,
+        classes=classes,
+        batch_size=batch_size,
+        curvature_bytes_per_param=curvature_bytes_per_param,
+        threads=threads,
+        data_bytes=data_bytes,
+    )
+
+
+def fit_structure(
+    allowed_mib: float,
+    structure: Structure,
+    build: Callable[[Mapping[str, int]], nn.Module],
+    *,
+    sample_shape: tuple[int, ...],
+    classes: int,
+    batch_size: int = 32,
+    curvature_bytes_per_param: float = 0.0,
+    threads: int = 1,
+    data_bytes: int = 0,
+) -> Allowance:
+    """Return the allowance of :func:`fit_memory` for any net.
+
+    Args:
+        allowed_mib: As in :func:`fit_memory`, and so are the following.
+        structure: The net's groups.
+        build: Makes the net at given widths.
+        sample_shape: Shape of one input.
+        classes: Number of classes.
+        batch_size: Samples of one forward pass.
+        curvature_bytes_per_param: Optimizer state.
+        threads: Of the forward pass.
+        data_bytes: What the board's samples take.
+    """
     known: dict[tuple[int, ...], float] = {}
 
     def spend(widths: Mapping[str, int]) -> float:
@@ -49,14 +91,9 @@ def fit_memory(
         widths = {g.name: -(-widths[g.name] // g.multiple) * g.multiple for g in structure.groups}
         key = tuple(widths.values())
         if key not in known:
-            net = build_model(
-                model,
-                sample_shape=sample_shape,
-                classes=classes,
-                widths=widths,
-                hidden=hidden,
-            )
-            graph = export_graph(net, sample_shape=sample_shape, classes=classes, verify=False).graph
+            graph = export_graph(
+                build(widths), sample_shape=sample_shape, classes=classes, verify=False
+            ).graph
             known[key] = predict_peak_mib(
                 graph_cost(graph),
                 batch_size=batch_size,

@@ -188,9 +188,9 @@ def choose_units(
 
 
 def _reading(layer: TensorShape) -> Iterator[tuple[int, Axis]]:
-    """Yield the axes by which a layer reads groups: all but the first, which it writes."""
+    """Yield the axes by which a layer reads groups: all but the one that it writes."""
     for place, axis in enumerate(layer.axes):
-        if place > 0 and isinstance(axis, Axis):
+        if place != layer.writes and isinstance(axis, Axis):
             yield place, axis
 
 

@@ -6,6 +6,7 @@ perturbed, never moved and never sent, and the noise is spent on what is left. T
 zeroth-order step and saves nothing else: the forward computes with the dense tensors.
 """
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -16,21 +17,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from edge_agent.bundle import Bundle
 from profiles.errors import ModelError
 from pruning.baselines import ALL_SCORES
 from pruning.export import Exported, export_graph, write_exported
 from pruning.masks import Masks, densities_of
-from pruning.models import Net, build_model, choose_model
+from pruning.models import build_model, choose_model
 from pruning.prune import find_masks, standardised
-from pruning.saliency import make_probe
+from pruning.prune_module import check_module
+from pruning.saliency import Probe, make_probe
+from pruning.weights import initialise
 
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["Masked", "mask_graph", "mask_model", "write_masked"]
+__all__ = ["Masked", "mask_graph", "mask_model", "mask_module", "write_masked"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class Masked:
 
     Attributes:
         module: The net; its pruned weights are zero.
+        sample_shape: Shape of one input.
+        classes: Number of classes.
         masks: Ones where a weight stays, per masked tensor.
         model: Its name.
         method: The saliency that chose the masks.
@@ -49,7 +54,9 @@ class Masked:
         densities: Fraction that stays, per masked tensor.
     """
 
-    module: Net
+    module: nn.Module
+    sample_shape: tuple[int, ...]
+    classes: int
     masks: Masks
     model: str
     method: str
@@ -61,7 +68,8 @@ class Masked:
 
     def summary(self) -> dict[str, Any]:
         """Return plain values for a manifest or a report."""
-        facts = {key: value for key, value in vars(self).items() if key not in ("module", "masks")}
+        left_out = ("module", "sample_shape", "classes", "masks")
+        facts = {key: value for key, value in vars(self).items() if key not in left_out}
         return {**facts, "mode": "mask"}
 
 
@@ -104,12 +112,7 @@ def mask_model(
     Raises:
         ModelError: The density is outside (0, 1], or below what biases, norms and output layer take.
     """
-    if method not in ALL_SCORES:
-        raise ModelError(
-            f"mask method {method!r} is unknown", hint=f"Known methods: {', '.join(ALL_SCORES)}."
-        )
-    if not 0 < density <= 1:
-        raise ModelError(f"density = {density} is outside (0, 1]", hint="Density is the fraction that stays.")
+    _check(method, density)
     name = choose_model(name, sample_shape=sample_shape)
     plain = build_model(name, sample_shape=sample_shape, classes=classes, hidden=hidden, seed=seed)
     probe = make_probe(
@@ -119,7 +122,101 @@ def mask_model(
         seed=seed,
         labelled=None if labelled is None else standardised(labelled, standardise, classes),
     )
-    total = sum(p.numel() for p in plain.parameters())
+    net = build_model(
+        name,
+        sample_shape=sample_shape,
+        classes=classes,
+        hidden=hidden,
+        standardise=standardise,
+        seed=seed,
+    )
+    return _mask_net(
+        net,
+        probe,
+        classes=classes,
+        name=name,
+        method=method,
+        density=density,
+        steps=schedule_steps,
+        rescale=rescale,
+        progress=progress,
+    )
+
+
+def mask_module(
+    module: nn.Module,
+    *,
+    sample_shape: tuple[int, ...],
+    classes: int,
+    name: str = "module",
+    method: str = "ntk",
+    density: float = 0.5,
+    draws: int = 5,
+    schedule_steps: int = 20,
+    seed: int = 0,
+    rescale: bool = True,
+    labelled: tuple[NDArray[np.float32], NDArray[np.int64]] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Masked:
+    """Return a torch module of one's own, with fresh weights, of which ``density`` stay trainable.
+
+    Args:
+        module: Takes (n, *sample_shape) float32, gives (n, classes); it is left as it is.
+        sample_shape: Shape of one input.
+        classes: Number of classes.
+        name: For messages and the manifest.
+        method: See :func:`mask_model`, and so are the following.
+        density: Fraction of all parameters that stays, in (0, 1].
+        draws: Draws per step of the schedule.
+        schedule_steps: Cuts until the density is reached.
+        seed: Names the draws and the fresh weights.
+        rescale: See :func:`mask_model`.
+        labelled: Inputs as the module takes them and labels, for ``snip`` and ``grasp``.
+        progress: Called with the cuts done and all cuts.
+
+    Raises:
+        ModelError: As :func:`mask_model` and :func:`pruning.prune_module.check_module` do.
+    """
+    _check(method, density)
+    check_module(module, sample_shape=sample_shape, classes=classes, name=name)
+    net = copy.deepcopy(module).eval()
+    initialise(net, seed=seed)
+    known = None if labelled is None else standardised(labelled, None, classes)
+    return _mask_net(
+        net,
+        make_probe(net, sample_shape=sample_shape, draws=draws, seed=seed, labelled=known),
+        classes=classes,
+        name=name,
+        method=method,
+        density=density,
+        steps=schedule_steps,
+        rescale=rescale,
+        progress=progress,
+    )
+
+
+def _check(method: str, density: float) -> None:
+    if method not in ALL_SCORES:
+        raise ModelError(
+            f"mask method {method!r} is unknown", hint=f"Known methods: {', '.join(ALL_SCORES)}."
+        )
+    if not 0 < density <= 1:
+        raise ModelError(f"density = {density} is outside (0, 1]", hint="Density is the fraction that stays.")
+
+
+def _mask_net(
+    net: nn.Module,
+    probe: Probe,
+    *,
+    classes: int,
+    name: str,
+    method: str,
+    density: float,
+    steps: int,
+    rescale: bool,
+    progress: Callable[[int, int], None] | None,
+) -> Masked:
+    total = sum(p.numel() for p in net.parameters())
     coverable = sum(mask.numel() for mask in probe.masks().values())
     whole = total - coverable
     if density * total < whole + len(probe.prunable):
@@ -133,24 +230,28 @@ def mask_model(
         probe,
         method=method,
         density=min(1.0, math.floor(density * total - whole) / coverable),
-        steps=schedule_steps,
+        steps=steps,
         progress=progress,
     )
     densities = densities_of(masks)
-    net = build_model(
-        name,
-        sample_shape=sample_shape,
-        classes=classes,
-        hidden=hidden,
-        standardise=standardise,
-        seed=seed,
-    )
     parameters = dict(net.named_parameters())
     with torch.no_grad():
         for key, mask in masks.items():
             parameters[key].mul_(mask / math.sqrt(densities[key]) if rescale else mask)
     kept = whole + sum(int(mask.sum()) for mask in masks.values())
-    return Masked(net, masks, name, method, density, seed, total, kept, densities)
+    return Masked(
+        module=net,
+        sample_shape=probe.sample_shape,
+        classes=classes,
+        masks=masks,
+        model=name,
+        method=method,
+        density=density,
+        seed=probe.seed,
+        params_dense=total,
+        params=kept,
+        densities=densities,
+    )
 
 
 def mask_graph(exported: Exported, masks: Mapping[str, Tensor]) -> Exported:
@@ -196,16 +297,16 @@ def write_masked(masked: Masked, folder: Path, *, cost: Callable[[bytes], Mappin
         folder: Where the bundle goes.
         cost: Reads an ONNX file and returns what its forward takes.
     """
-    net = masked.module
-    dense = export_graph(net, sample_shape=net.sample_shape, classes=net.classes)
+    shape, classes = masked.sample_shape, masked.classes
+    dense = export_graph(masked.module, sample_shape=shape, classes=classes)
     before = {f"{key}_dense": value for key, value in cost(dense.graph).items()}
     before["graph_bytes_dense"] = len(dense.graph)
     return write_exported(
         mask_graph(dense, masked.masks),
         folder,
         model=masked.model,
-        sample_shape=net.sample_shape,
-        classes=net.classes,
+        sample_shape=shape,
+        classes=classes,
         pruning={**masked.summary(), **before},
         cost=cost,
     )

@@ -6,7 +6,7 @@ how a net is trained.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ __all__ = [
     "Allowance",
     "Pruned",
     "check_method",
+    "describe_pruned",
     "find_masks",
     "plan_widths",
     "prune_model",
@@ -85,6 +86,8 @@ class Pruned:
         macs_dense: Multiply-accumulates of one sample's forward before.
         macs: The same after.
         densities: Fraction that the saliency left standing, per layer; empty without a saliency.
+        kept: Fraction of its weights that stays of each layer, at the new widths.
+        left_whole: Layers whose outputs keep their width since tracing could not follow them, and why.
     """
 
     module: nn.Module
@@ -102,11 +105,14 @@ class Pruned:
     macs_dense: int
     macs: int
     densities: dict[str, float]
+    kept: dict[str, float] = field(default_factory=dict)
+    left_whole: dict[str, str] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
         """Return what a manifest or a report says of the pruning, as plain values."""
-        left_out = ("module", "dense", "sample_shape", "classes")
-        return {key: value for key, value in vars(self).items() if key not in left_out}
+        left_out = ("module", "dense", "sample_shape", "classes", "left_whole")
+        facts = {key: value for key, value in vars(self).items() if key not in left_out}
+        return facts | ({"left_whole": self.left_whole} if self.left_whole else {})
 
 
 def prune_model(
@@ -188,23 +194,71 @@ def prune_model(
         standardise=standardise,
         seed=seed,
     )
-    total = structure.params(structure.dense)
+    return describe_pruned(
+        module,
+        plain,
+        structure,
+        widths,
+        sample_shape=sample_shape,
+        classes=classes,
+        name=name,
+        method=method,
+        density=density if allowance is None else None,
+        seed=seed,
+        densities=densities,
+    )
+
+
+def describe_pruned(
+    module: nn.Module,
+    dense: nn.Module,
+    structure: Structure,
+    widths: Mapping[str, int],
+    *,
+    sample_shape: tuple[int, ...],
+    classes: int,
+    name: str,
+    method: str,
+    density: float | None,
+    seed: int,
+    densities: Mapping[str, float],
+    left_whole: Mapping[str, str] | None = None,
+) -> Pruned:
+    """Return a narrow net with what is counted of it before and after.
+
+    Args:
+        module: The narrow net.
+        dense: The net that it was.
+        structure: Of the dense net.
+        widths: Of the narrow net.
+        sample_shape: As in :class:`Pruned`, and so are the following.
+        classes: Number of classes.
+        name: The model.
+        method: One of METHODS.
+        density: Fraction of the parameters that was asked to stay; None where something else was asked.
+        seed: Named the draws and the fresh weights.
+        densities: What the saliency left of each layer.
+        left_whole: Layers that keep their width.
+    """
+    before, after = structure.params(structure.dense), structure.params(widths)
     return Pruned(
         module=module,
-        dense=plain,
+        dense=dense,
         sample_shape=tuple(sample_shape),
         classes=classes,
         model=name,
         method=method,
-        density=density if allowance is None and method != "none" else structure.params(widths) / total,
+        density=after / before if density is None or method == "none" else density,
         seed=seed,
         widths_dense=structure.dense,
-        widths=widths,
-        params_dense=total,
-        params=structure.params(widths),
+        widths=dict(widths),
+        params_dense=before,
+        params=after,
         macs_dense=structure.macs(structure.dense),
         macs=structure.macs(widths),
-        densities=densities,
+        densities=dict(densities),
+        kept={t.name: t.size(widths) / t.size(structure.dense) for t in structure.layers},
+        left_whole=dict(left_whole or {}),
     )
 
 
@@ -249,10 +303,12 @@ def plan_widths(
         densities: See :func:`prune_model`.
         progress: Called with the cuts done and all cuts.
     """
+    widths = structure.dense
+    if method == "none":
+        return widths, {}
     allowed = _allowance_of_density(structure, name, density) if allowance is None else allowance
     spend = allowed.spend or getattr(structure, allowed.unit)
-    widths = structure.dense
-    if method == "none" or spend(widths) <= allowed.amount:
+    if spend(widths) <= allowed.amount:
         return widths, {}
     if densities is not None:
         found = dict(densities)

@@ -3,25 +3,30 @@
 Knows how a module is loaded from a Python file and how its units are chosen. Does not know data or boards.
 """
 
+import copy
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from profiles.errors import ModelError
+from pruning.fit import fit_structure
 from pruning.gates import choose_units
-from pruning.modules import trace_structure
-from pruning.prune import Allowance, Pruned, check_method, plan_widths
+from pruning.modules import Coupling, declare_structure, trace_structure
+from pruning.prune import Allowance, Pruned, check_method, describe_pruned, plan_widths, standardised
 from pruning.saliency import make_probe
 from pruning.shrink import narrow_module
 from pruning.structure import Axis, Structure
-from pruning.weights import initialise
+from pruning.weights import derive_seed, initialise
 
-__all__ = ["load_module", "prune_module", "unit_magnitudes"]
+__all__ = ["check_module", "load_module", "prune_module", "unit_magnitudes"]
+
+_Sizes = Callable[[Mapping[str, int]], Mapping[str, int]]
 
 
 def prune_module(
@@ -31,7 +36,7 @@ def prune_module(
     classes: int,
     name: str = "module",
     structure: Structure | None = None,
-    sizes: Callable[[Mapping[str, int]], Mapping[str, int]] | None = None,
+    sizes: _Sizes | None = None,
     method: str = "ntk",
     density: float = 0.5,
     allowance: Allowance | None = None,
@@ -39,16 +44,21 @@ def prune_module(
     schedule_steps: int = 20,
     seed: int = 0,
     pretrained: bool = False,
+    labelled: tuple[NDArray[np.float32], NDArray[np.int64]] | None = None,
+    allowed_mib: float | None = None,
+    batch_size: int = 32,
     progress: Callable[[int, int], None] | None = None,
 ) -> Pruned:
     """Return a module with narrower layers, checked against its masked twin.
 
     Args:
-        module: Takes (n, *sample_shape) float32, gives (n, classes); it is left as it is.
+        module: Takes (n, *sample_shape) float32, gives (n, classes); it is left as it is. Where it has the
+            attribute ``couplings``, these are its groups, and its ``sizes_at``, if it has that, is ``sizes``.
         sample_shape: Shape of one input.
         classes: Number of classes.
         name: For messages and the manifest.
-        structure: The module's groups; traced by Torch-Pruning if None.
+        structure: The module's groups; those it declares if None, else traced by Torch-Pruning, unless the
+            method is ``none``.
         sizes: From the new widths to attributes that must change too, see
             :func:`pruning.shrink.narrow_module`.
         method: See :func:`pruning.prune.prune_model`, and so are the following.
@@ -58,21 +68,27 @@ def prune_module(
         schedule_steps: Cuts until the density is reached.
         seed: Names all draws and the fresh weights.
         pretrained: Keep the weights, of the units with the largest magnitude. If False, draw them anew.
+        labelled: Inputs as the module takes them and labels, for ``snip`` and ``grasp``.
+        allowed_mib: In the place of ``allowance``, the predicted peak memory that training may reach, in MiB.
+        batch_size: Samples of one forward pass, for ``allowed_mib``.
         progress: Called with the cuts done and all cuts.
 
     Raises:
         ModelError: The module gives another output than (n, classes), cannot be traced, shrunk or redrawn.
     """
     check_method(method)
-    dense = module.eval()
-    with torch.no_grad():
-        found = tuple(dense(torch.zeros(2, *sample_shape)).shape)
-    if found != (2, classes):
-        raise ModelError(
-            f"{name} gives an output of the shape {found} for 2 samples, expected {(2, classes)}"
-        )
+    module = copy.deepcopy(module).eval()
+    check_module(module, sample_shape=sample_shape, classes=classes, name=name, pretrained=pretrained)
+    left_whole: dict[str, str] = {}
+    if structure is None and hasattr(module, "couplings"):
+        couplings = cast("Sequence[Coupling]", module.couplings)
+        structure = declare_structure(module, couplings, sample_shape=sample_shape)
+        sizes = sizes or cast("_Sizes | None", getattr(module, "sizes_at", None))
+    if structure is None and method == "none":
+        structure = declare_structure(module, [], sample_shape=sample_shape)
     if structure is None:
-        structure = trace_structure(module, sample_shape=sample_shape).structure
+        traced = trace_structure(module, sample_shape=sample_shape)
+        structure, left_whole = traced.structure, traced.left_whole
     magnitudes = unit_magnitudes(module, structure)
 
     def narrowed(widths: Mapping[str, int]) -> nn.Module:
@@ -84,41 +100,97 @@ def prune_module(
             sizes=None if sizes is None else sizes(widths),
         )
 
-    widths, densities = plan_widths(
-        structure,
-        lambda: make_probe(module, sample_shape=sample_shape, draws=draws, seed=seed),
-        narrowed,
-        sample_shape=sample_shape,
-        draws=draws,
-        name=name,
-        method=method,
-        density=density,
-        allowance=allowance,
-        steps=schedule_steps,
-        seed=seed,
-        progress=progress,
-    )
+    if allowed_mib is not None:
+        allowance = fit_structure(
+            allowed_mib,
+            structure,
+            narrowed,
+            sample_shape=sample_shape,
+            classes=classes,
+            batch_size=batch_size,
+        )
+    known = None if labelled is None else standardised(labelled, None, classes)
+    try:
+        widths, densities = plan_widths(
+            structure,
+            lambda: make_probe(module, sample_shape=sample_shape, draws=draws, seed=seed, labelled=known),
+            narrowed,
+            sample_shape=sample_shape,
+            draws=draws,
+            name=name,
+            method=method,
+            density=density,
+            allowance=allowance,
+            steps=schedule_steps,
+            seed=seed,
+            progress=progress,
+        )
+    except ModelError as error:
+        if not left_whole:
+            raise
+        kept = "; ".join(f"{layer}: {reason}" for layer, reason in left_whole.items())
+        raise ModelError(f"{error}. These keep their width: {kept}", hint=error.hint) from error
     narrow = narrowed(widths)
     if not pretrained:
         initialise(narrow, seed=seed)
-    total = structure.params(structure.dense)
-    return Pruned(
-        module=narrow.eval(),
-        dense=dense,
-        sample_shape=tuple(sample_shape),
+    return describe_pruned(
+        narrow.eval(),
+        module,
+        structure,
+        widths,
+        sample_shape=sample_shape,
         classes=classes,
-        model=name,
+        name=name,
         method=method,
-        density=density if allowance is None and method != "none" else structure.params(widths) / total,
+        density=density if allowance is None else None,
         seed=seed,
-        widths_dense=structure.dense,
-        widths=widths,
-        params_dense=total,
-        params=structure.params(widths),
-        macs_dense=structure.macs(structure.dense),
-        macs=structure.macs(widths),
         densities=densities,
+        left_whole=left_whole,
     )
+
+
+def check_module(
+    module: nn.Module, *, sample_shape: tuple[int, ...], classes: int, name: str, pretrained: bool = False
+) -> None:
+    """Raise ModelError unless a module can be pruned and trained for this problem.
+
+    It has to turn (n, *sample_shape) into (n, classes), use all its trainable parameters, and give finite
+    outputs on Gaussian inputs: with its own weights if ``pretrained``, else with redrawn ones.
+    """
+    trial = copy.deepcopy(module).eval()
+    if not pretrained:
+        initialise(trial, seed=0)
+    inputs = torch.randn(2, *sample_shape, generator=torch.Generator().manual_seed(0))
+    try:
+        outputs = trial(inputs)
+    except Exception as error:  # whatever the user's code raises
+        raise ModelError(
+            f"{name} cannot take samples of the shape {sample_shape}: {type(error).__name__}: {error}",
+            hint="Give the shape that the module is made for.",
+        ) from error
+    found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+    if found != (2, classes):
+        raise ModelError(
+            f"{name} gives an output of the shape {found} for 2 samples, expected {(2, classes)}",
+            hint="Return one logit per class, and no more.",
+        )
+    if not torch.isfinite(outputs).all():
+        raise ModelError(
+            f"{name} gives outputs that are not finite under "
+            f"{'its own' if pretrained else 'redrawn'} weights",
+            hint="Add a norm after the layers whose output grows, or draw smaller weights.",
+        )
+    trained = {key: p for key, p in trial.named_parameters() if p.requires_grad}
+    if not trained:
+        raise ModelError(f"{name} has no parameters to train", hint="Give a module with a linear layer.")
+    if outputs.requires_grad:
+        gradients = torch.autograd.grad(outputs.sum(), [*trained.values()], allow_unused=True)
+        trained = {key: p for (key, p), g in zip(trained.items(), gradients, strict=True) if g is None}
+    if trained:
+        raise ModelError(
+            f"the output of {name} does not depend on {', '.join(trained)}",
+            hint="Remove parameters that the forward does not use, or turn their requires_grad off.",
+        )
 
 
 def unit_magnitudes(module: nn.Module, structure: Structure) -> dict[str, NDArray[np.float32]]:
@@ -138,11 +210,13 @@ def unit_magnitudes(module: nn.Module, structure: Structure) -> dict[str, NDArra
     return found
 
 
-def load_module(reference: str) -> nn.Module:
+def load_module(reference: str, *, seed: int = 0) -> nn.Module:
     """Call a function of a Python file and return the module that it makes.
 
     Args:
         reference: ``FILE.py:FUNCTION``; the function takes no arguments. The file's code is run.
+        seed: Torch's generator starts from it while the function runs: what it draws and we cannot redraw,
+            such as a bare parameter, is then the same for the same seed.
 
     Raises:
         ModelError: There is no such file or function, it fails, or returns something else.
@@ -156,7 +230,9 @@ def load_module(reference: str) -> nn.Module:
     source = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(source)
-        made = getattr(source, function)()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed("module", seed))
+            made = getattr(source, function)()
     except Exception as error:  # whatever the user's code raises
         raise ModelError(f"{reference} failed: {type(error).__name__}: {error}") from error
     if not isinstance(made, nn.Module):

@@ -16,7 +16,7 @@ from torch.func import functional_call
 
 from profiles.errors import ModelError
 from pruning.masks import Masks
-from pruning.structure import Axis, Structure
+from pruning.structure import WEIGHTED, Axis, Structure
 from pruning.threads import one_thread
 from pruning.weights import derive_seed, fresh_weights
 
@@ -25,6 +25,7 @@ __all__ = [
     "Probe",
     "Score",
     "group_scores",
+    "last_layer",
     "make_probe",
     "ntk_draw",
     "ntk_sap",
@@ -41,7 +42,8 @@ class Probe:
         module: The net; its own weights are used only by scores that start from given weights. It is
             never changed.
         prunable: Names of the weights that get a mask.
-        kept: Names of the weights that count into the saliency but always stay (the output layer).
+        kept: Names of the weights that count into the saliency but always stay: the output layer, and what is
+            not trained.
         sample_shape: Shape of one input.
         draws: Independent draws that a score averages over, R in the papers.
         batch: Gaussian inputs per draw.
@@ -102,27 +104,35 @@ def make_probe(
     weights = [
         owned[id(layer.weight)]
         for layer in module.modules()
-        if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d) and id(layer.weight) in owned
+        if isinstance(layer, WEIGHTED) and id(layer.weight) in owned
     ]
     weights = list(dict.fromkeys(weights))
     last = output_layer(module, sample_shape=sample_shape) if keep_output else None
-    prunable = tuple(name for name in weights if name != last)
+    frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
+    prunable = tuple(name for name in weights if name != last and name not in frozen)
     if not prunable:
         raise ModelError(
             f"{type(module).__name__} has no layer that can be pruned",
             hint="Give a net with at least one linear layer or convolution before its output.",
         )
-    kept = tuple(name for name in weights if name == last)
+    kept = tuple(name for name in weights if name not in prunable)
     return Probe(module, prunable, kept, tuple(sample_shape), draws, batch, epsilon, seed, labelled)
 
 
 def output_layer(module: nn.Module, *, sample_shape: tuple[int, ...]) -> str | None:
     """Return the name of the weight whose layer runs last in a forward, or None if there is none."""
-    ran: list[nn.Module] = []
+    path = last_layer(module, sample_shape=sample_shape)
+    names = {id(p): name for name, p in module.named_parameters()}
+    return None if path is None else names.get(id(module.get_submodule(path).weight))
+
+
+def last_layer(module: nn.Module, *, sample_shape: tuple[int, ...]) -> str | None:
+    """Return the path of the linear layer or convolution that runs last in a forward, or None."""
+    ran: list[str] = []
     handles = [
-        layer.register_forward_hook(lambda layer, _i, _o: ran.append(layer))
-        for layer in module.modules()
-        if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d)
+        layer.register_forward_hook(lambda _layer, _i, _o, path=path: ran.append(path))
+        for path, layer in module.named_modules()
+        if isinstance(layer, WEIGHTED)
     ]
     training = module.training
     try:
@@ -132,8 +142,7 @@ def output_layer(module: nn.Module, *, sample_shape: tuple[int, ...]) -> str | N
         module.train(training)
         for handle in handles:
             handle.remove()
-    names = {id(p): name for name, p in module.named_parameters()}
-    return names.get(id(ran[-1].weight)) if ran else None
+    return ran[-1] if ran else None
 
 
 def ntk_sap(probe: Probe, masks: Mapping[str, Tensor], step: int = 0) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ and what differs is an error: a layer that still has its old width, a size remem
 """
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -13,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from profiles.errors import ModelError
-from pruning.structure import Axis, Structure
+from pruning.structure import TRANSPOSED, WEIGHTED, Axis, Structure
+from pruning.weights import fresh_weights
 
-__all__ = ["kept_elements", "masked_module", "narrow_module", "slice_weights", "unit_masks"]
+__all__ = ["kept_elements", "masked_module", "narrow_module", "slice_weights", "trial_copy", "unit_masks"]
 
 _TOLERANCE = 1e-5
 
@@ -109,13 +111,17 @@ def narrow_module(
     structure.check({g.name: len(keep.get(g.name, range(g.width))) for g in structure.groups})
     twin = copy.deepcopy(module).eval()
     axes = {tensor.name: tensor.axes for tensor in structure.tensors}
-    old = {name: p.requires_grad for name, p in twin.named_parameters()}
-    for name, values in slice_weights(structure, dict(twin.named_parameters()), keep).items():
-        path, _, leaf = name.rpartition(".")
-        layer = twin.get_submodule(path)
-        setattr(layer, leaf, nn.Parameter(values, requires_grad=old[name]))
-        if leaf == "weight":
-            _resize(layer, values, axes[name][0], keep)
+    old = dict(twin.named_parameters())
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}  # more than one where layers share a tensor
+    for layer in twin.modules():
+        for leaf, parameter in layer.named_parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append((layer, leaf))
+    for name, values in slice_weights(structure, old, keep).items():
+        tensor = nn.Parameter(values, requires_grad=old[name].requires_grad)
+        for layer, leaf in owners[id(old[name])]:
+            setattr(layer, leaf, tensor)
+            if leaf == "weight":
+                _resize(layer, values, axes[name][0], keep)
     for name, value in (sizes or {}).items():
         path, _, leaf = name.rpartition(".")
         owner = twin.get_submodule(path)
@@ -126,19 +132,45 @@ def narrow_module(
     return twin.train(module.training)
 
 
+def trial_copy(module: nn.Module, *, sample_shape: tuple[int, ...]) -> nn.Module:
+    """Return a copy whose weights hide nothing: none is zero, and activations keep their size with depth.
+
+    A norm that starts at zero, as the last of a residual block often does, would make every cut look right.
+    The module's own weights are kept where the redrawn ones give outputs that are not finite.
+    """
+    twin = copy.deepcopy(module).eval()
+    weights = {f"{path}.weight".lstrip(".") for path, m in twin.named_modules() if isinstance(m, WEIGHTED)}
+    generator = torch.Generator().manual_seed(0)
+    parameters = dict(twin.named_parameters())
+    with torch.no_grad():
+        for name, values in fresh_weights(twin, seed=0).items():
+            if name in weights:
+                parameters[name].copy_(values * math.sqrt(6.0))  # variance 2 / fan_in
+            else:
+                parameters[name].copy_(values + 0.2 * torch.randn(values.shape, generator=generator))
+        finite = bool(torch.isfinite(twin(torch.randn(4, *sample_shape, generator=generator))).all())
+    return twin if finite else copy.deepcopy(module).eval()
+
+
 def _resize(layer: nn.Module, weight: Tensor, first: Axis | int, keep: Mapping[str, Sequence[int]]) -> None:
     """Tell a layer the sizes of its new weight."""
     if isinstance(layer, nn.Linear):
         layer.out_features, layer.in_features = weight.shape
+    elif isinstance(layer, TRANSPOSED):
+        layer.groups = max(1, layer.groups * weight.shape[0] // layer.in_channels)
+        layer.in_channels, layer.out_channels = weight.shape[0], weight.shape[1] * layer.groups
     elif isinstance(layer, nn.Conv1d | nn.Conv2d):
-        if layer.groups > 1:
-            layer.groups = layer.groups * weight.shape[0] // layer.out_channels
+        layer.groups = max(1, layer.groups * weight.shape[0] // layer.out_channels)
         layer.out_channels, layer.in_channels = weight.shape[0], weight.shape[1] * layer.groups
     elif isinstance(layer, nn.GroupNorm):
+        if isinstance(first, Axis) and layer.num_groups % (layer.num_channels // first.block) == 0:
+            layer.num_groups = layer.num_groups * len(weight) // layer.num_channels  # whole parts went
         layer.num_channels = len(weight)
     elif isinstance(layer, nn.LayerNorm):
         layer.normalized_shape = tuple(weight.shape)
-    elif isinstance(layer, nn.modules.batchnorm._BatchNorm):
+    elif isinstance(layer, nn.PReLU):
+        layer.num_parameters = len(weight)
+    elif isinstance(layer, nn.modules.batchnorm._NormBase):
         layer.num_features = len(weight)
         if isinstance(first, Axis) and first.group in keep:
             for name in ("running_mean", "running_var"):
@@ -187,7 +219,7 @@ class _CountingNorm(nn.Module):
             values = x.reshape(len(x), norm.num_groups, -1)
             present = self.mask.reshape(shape).expand_as(x).reshape_as(values)
             axes = (-1,)
-        count = present.sum(axes, keepdim=True)
+        count = present.sum(axes, keepdim=True).clamp_min(1.0)
         mean = (values * present).sum(axes, keepdim=True) / count
         variance = ((values - mean).square() * present).sum(axes, keepdim=True) / count
         flat = ((values - mean) * torch.rsqrt(variance + norm.eps) * present).reshape(x.shape)

@@ -9,7 +9,7 @@ all of that for every block of the stage.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,7 +17,22 @@ from torch import nn
 
 from profiles.errors import ModelError
 
-__all__ = ["Axis", "Structure", "TensorShape", "WidthGroup", "infer_structure", "positions_of"]
+__all__ = [
+    "TRANSPOSED",
+    "WEIGHTED",
+    "Axis",
+    "Structure",
+    "TensorShape",
+    "WidthGroup",
+    "infer_structure",
+    "positions_of",
+]
+
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)
+"""Layers whose weight has its inputs along the first axis and its outputs along the second."""
+
+WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, *TRANSPOSED)
+"""Layers that multiply: they have widths, and their weights can be masked."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +72,13 @@ class TensorShape:
         name: As in ``named_parameters``.
         axes: For each axis either its fixed size or the group it follows.
         positions: Multiply-accumulates per element and sample; 0 for biases and the weights of norms.
+        writes: The axis along which the layer makes its outputs; by all others it reads.
     """
 
     name: str
     axes: tuple[Axis | int, ...]
     positions: int = 0
+    writes: int = 0
 
     def shape(self, widths: Mapping[str, int]) -> tuple[int, ...]:
         """Return the tensor's shape at ``widths``."""
@@ -79,10 +96,18 @@ class TensorShape:
 
 @dataclass(frozen=True)
 class Structure:
-    """All groups and trainable tensors of a net."""
+    """All groups and trainable tensors of a net.
+
+    Attributes:
+        groups: What can be made narrower.
+        tensors: As in ``named_parameters``; tied ones appear once.
+        fixed_macs: Multiply-accumulates of a sample's forward that no tensor here accounts for, such as
+            those of attention scores. Counted at the dense widths, hence never too few.
+    """
 
     groups: tuple[WidthGroup, ...]
     tensors: tuple[TensorShape, ...]
+    fixed_macs: int = 0
 
     @property
     def dense(self) -> dict[str, int]:
@@ -105,7 +130,7 @@ class Structure:
 
     def macs(self, widths: Mapping[str, int]) -> int:
         """Return the multiply-accumulates of one sample's forward at ``widths``."""
-        return sum(tensor.positions * tensor.size(widths) for tensor in self.tensors)
+        return self.fixed_macs + sum(tensor.positions * tensor.size(widths) for tensor in self.tensors)
 
     def at(self, widths: Mapping[str, int]) -> "Structure":
         """Return the structure of the net as it is at ``widths``: these become the dense ones.
@@ -117,7 +142,23 @@ class Structure:
         groups = (
             replace(g, width=widths[g.name], minimum=min(g.minimum, widths[g.name])) for g in self.groups
         )
-        return Structure(tuple(groups), self.tensors)
+        return replace(self, groups=tuple(groups))
+
+    def without(self, names: Iterable[str]) -> "Structure":
+        """Return the structure in which the named groups keep their dense widths."""
+        gone = {group.name: group.width for group in self.groups if group.name in set(names)}
+        tensors = tuple(
+            replace(
+                tensor,
+                axes=tuple(
+                    gone[axis.group] * axis.block if isinstance(axis, Axis) and axis.group in gone else axis
+                    for axis in tensor.axes
+                ),
+            )
+            for tensor in self.tensors
+        )
+        groups = tuple(group for group in self.groups if group.name not in gone)
+        return replace(self, groups=groups, tensors=tensors)
 
     def check(self, widths: Mapping[str, int]) -> None:
         """Raise ModelError unless ``widths`` names every group with a legal width.
@@ -179,18 +220,25 @@ def infer_structure(
 
 
 def positions_of(net: nn.Module, inputs: torch.Tensor) -> dict[str, int]:
-    """Return how often one sample's forward uses each element of each convolution's or linear weight."""
+    """Return how often one sample's forward uses each element of each convolution's or linear weight.
+
+    A weight that several layers share has the sum of their uses.
+    """
     found: dict[str, int] = {}
-    handles = []
-    for name, layer in net.named_modules():
-        if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d):
-            weight = f"{name}.weight" if name else "weight"
+    names = {id(parameter): name for name, parameter in net.named_parameters()}
 
-            def note(layer: nn.Module, _: object, output: torch.Tensor, weight: str = weight) -> None:
-                outputs = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
-                found[weight] = found.get(weight, 0) + output.numel() // int(outputs)  # type: ignore[arg-type]
+    def note(layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        if isinstance(layer, TRANSPOSED):
+            times = inputs[0].numel() // layer.in_channels
+        elif isinstance(layer, nn.Linear):
+            times = output.numel() // layer.out_features
+        else:
+            times = output.numel() // int(layer.out_channels)  # type: ignore[arg-type]
+        weight = names.get(id(layer.weight))
+        if weight is not None:  # a parametrised weight is no parameter
+            found[weight] = found.get(weight, 0) + times
 
-            handles.append(layer.register_forward_hook(note))
+    handles = [layer.register_forward_hook(note) for layer in net.modules() if isinstance(layer, WEIGHTED)]
     try:
         with torch.no_grad():
             net(inputs)

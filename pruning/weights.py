@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from pruning.structure import WEIGHTED
+
 __all__ = ["derive_seed", "fresh_weights", "initialise"]
 
 
@@ -29,13 +31,11 @@ def fresh_weights(module: nn.Module, *, seed: int) -> dict[str, Tensor]:
     Weights of linear layers and convolutions are normal with variance 1 / (3 fan_in), which is torch's own
     default variance: zeroth-order training of the digits MLP ended at 93.5 % with it and at 90.8 % with
     He's 2 / fan_in (8 seeds, best of three learning rates). Biases are zero and norms the identity. Any
-    other layer is drawn by its own ``reset_parameters`` under a forked generator.
+    other layer is drawn by its own ``reset_parameters`` under a forked generator; what has none, such as
+    a bare parameter that holds positions or a token, keeps the values that it has.
 
     Returns:
         A tensor per name in ``named_parameters``; tied parameters appear once.
-
-    Raises:
-        ValueError: A parameter belongs to a layer that cannot redraw it.
     """
     generator = torch.Generator().manual_seed(seed)
     names = {id(parameter): name for name, parameter in module.named_parameters()}
@@ -44,26 +44,27 @@ def fresh_weights(module: nn.Module, *, seed: int) -> dict[str, Tensor]:
         own = {k: p for k, p in layer.named_parameters(recurse=False) if names[id(p)] not in drawn}
         if not own:
             continue
-        if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d):
+        if isinstance(layer, WEIGHTED):
             values = {
                 k: _dense(p, generator) if k == "weight" else torch.zeros_like(p) for k, p in own.items()
             }
-        elif isinstance(layer, nn.GroupNorm | nn.LayerNorm | nn.BatchNorm1d | nn.BatchNorm2d):
+        elif isinstance(layer, nn.GroupNorm | nn.LayerNorm | nn.modules.batchnorm._NormBase):
             values = {k: torch.ones_like(p) if k == "weight" else torch.zeros_like(p) for k, p in own.items()}
         elif isinstance(layer, nn.Embedding):
             values = {k: torch.randn(p.shape, generator=generator) * 0.02 for k, p in own.items()}
         else:
-            values = _own_way(layer, path, seed=derive_seed(seed, path))
+            values = _own_way(layer, seed=derive_seed(seed, path))
         drawn |= {names[id(own[k])]: value.detach() for k, value in values.items() if k in own}
     return drawn
 
 
 def initialise(module: nn.Module, *, seed: int) -> None:
-    """Overwrite the module's parameters with :func:`fresh_weights`."""
+    """Overwrite the module's trained parameters with :func:`fresh_weights`; what is frozen stays."""
     parameters = dict(module.named_parameters())
     with torch.no_grad():
         for name, values in fresh_weights(module, seed=seed).items():
-            parameters[name].copy_(values)
+            if parameters[name].requires_grad:
+                parameters[name].copy_(values)
 
 
 def _dense(weight: Tensor, generator: torch.Generator) -> Tensor:
@@ -71,11 +72,13 @@ def _dense(weight: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(weight.shape, generator=generator) * math.sqrt(1.0 / (3 * fan_in))
 
 
-def _own_way(layer: nn.Module, path: str, *, seed: int) -> dict[str, Tensor]:
-    if not hasattr(layer, "reset_parameters"):
-        raise ValueError(f"layer {path!r} ({type(layer).__name__}) cannot redraw its parameters")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        twin = copy.deepcopy(layer)
-        getattr(twin, "reset_parameters")()  # noqa: B009 - nn.Module does not declare it
+def _own_way(layer: nn.Module, *, seed: int) -> dict[str, Tensor]:
+    twin = copy.deepcopy(layer)
+    for name in ("reset_parameters", "_reset_parameters"):  # the second is nn.MultiheadAttention's
+        redraw = getattr(twin, name, None)
+        if callable(redraw):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                redraw()
+            break
     return dict(twin.named_parameters(recurse=False))

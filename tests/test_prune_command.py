@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from coordinator.cli import main
 from coordinator.config import load_experiment
@@ -15,10 +16,12 @@ from coordinator.simulate import simulate
 from edge_agent.bundle import read_bundle
 from edge_agent.forward import Forward
 from profiles.errors import ModelError
-from pruning.fit import fit_memory
+from pruning.fit import fit_memory, fit_structure
 from pruning.models import model_structure
+from pruning.modules import trace_structure
 from pruning.prune import prune_model
 from pruning.prune_module import load_module, prune_module
+from pruning.shrink import narrow_module
 
 ROOT = Path(__file__).parent.parent
 FAST = ["--draws", "1"]
@@ -161,6 +164,11 @@ def test_bad_modules_are_refused(nets, function, message):
         (["mlp", "--shape", "8", "--classes", "3", "--explored", "runs"], 3, "do not go together"),
         (["vgg", "--shape", "1x8x8", "--classes", "3"], 5, "'vgg' is unknown"),
         (["gone.py:net", "--shape", "1x8x8", "--classes", "3"], 5, "no Python file"),
+        (["mlp", "--shape", "100000000000000", "--classes", "3"], 5, "does not fit this machine's memory"),
+        (["lenet", "--shape", "1x8x8", "--classes", "3", "--params", "nan"], 3, "--params nan is no number"),
+        (["lenet", "--shape", "1x8x8", "--classes", "3", "--macs", "inf"], 3, "--macs inf is no number"),
+        (["lenet", "--shape", "1x8x8", "--classes", "3", "--params", "0"], 3, "--params 0 is no number"),
+        (["lenet", "--shape", "1x8x8", "--classes", "3", "--density", "nan"], 5, "outside (0, 1]"),
     ],
 )
 def test_bad_options_write_nothing(words, code, message, tmp_path, capsys):
@@ -170,6 +178,109 @@ def test_bad_options_write_nothing(words, code, message, tmp_path, capsys):
     assert message in said.err
     assert "hint: " in said.err
     assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.parametrize("out", ["file", "file/below"])
+def test_an_impossible_folder_is_refused_before_work(out, tmp_path, capsys):
+    """A file in the place of the bundle's folder is named before anything is pruned."""
+    (tmp_path / "file").write_text("mine")
+    words = ["prune", "lenet", "--shape", "1x8x8", "--classes", "3", "-o", str(tmp_path / out)]
+    assert main(words) == 3
+    said = capsys.readouterr()
+    assert f"{tmp_path / 'file'} is a file" in said.err
+    assert "pruning" not in said.out
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_bundle_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    """A stop before the end leaves the former bundle; a success replaces it and leaves other files alone."""
+    out = tmp_path / "bundle"
+    words = ["prune", "lenet", "--shape", "1x14x14", "--classes", "3", "-o", str(out)]
+    assert main([*words, "--density", "0.5"]) == 0
+    (out / "notes.txt").write_text("mine")
+    (out / "manifest.sig").write_bytes(b"of the former bundle")
+    (out / "graph.old.onnx").write_bytes(b"a variant that the new bundle has not")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as late:  # the picture comes last
+        late.setattr("coordinator.prune_command.prune_picture", stop)
+        assert main([*words, "--density", "0.3"]) == 130
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+    assert main([*words, "--density", "0.3"]) == 0
+    assert read_bundle(out).pruning["density"] == 0.3
+    assert (out / "notes.txt").read_text() == "mine"
+    assert {path.name for path in out.iterdir()} == set(before) - {"manifest.sig", "graph.old.onnx"}
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_an_unknown_board_gets_the_known_ones(tmp_path, capsys):
+    """--fit of a name like no other lists all profiles."""
+    words = ["prune", "lenet", "--shape", "1x8x8", "--classes", "3", "--fit", "q", "-o", str(tmp_path / "b")]
+    assert main(words) == 7
+    assert "Known: generic-arm64, " in capsys.readouterr().err
+
+
+def test_labels_beyond_the_classes_are_refused(images, tmp_path, capsys):
+    """--classes below what the labels need is an error, not a bundle that cannot be trained."""
+    words = ["prune", "lenet", "--data", str(images), "--classes", "3", "-o", str(tmp_path / "b")]
+    assert main(words) == 3
+    assert "they go up to 4" in capsys.readouterr().err
+
+
+def test_ones_own_module_takes_every_option(images, nets, tmp_path, capsys):
+    """A module of one's own is scored on labelled data, and fitted to a board's memory."""
+    pytest.importorskip("torch_pruning", reason="the extra `prune` is not installed")
+    words = ["prune", f"{nets}:net", "--data", str(images), "--json", *FAST]
+    assert main([*words, "--method", "snip", "--density", "0.4", "-o", str(tmp_path / "a")]) == 0
+    assert set(json.loads(capsys.readouterr().out)["densities"]) == {"0.weight"}
+    assert main([*words, "--mode", "mask", "--density", "0.99", "-o", str(tmp_path / "mask")]) == 0
+    assert json.loads(capsys.readouterr().out)["mode"] == "mask"
+    assert main([*words, "--fit", "pi-zero-2w", "--batch-size", "1000000", "-o", str(tmp_path / "b")]) == 5
+    assert "MiB of predicted peak memory is below the narrowest net" in capsys.readouterr().err
+
+
+def test_what_keeps_its_width_is_told(tmp_path, capsys):
+    """A layer that tracing cannot follow is named by the command and in the manifest."""
+    pytest.importorskip("torch_pruning", reason="the extra `prune` is not installed")
+    source = tmp_path / "own.py"
+    source.write_text(
+        "import torch\n"
+        "from torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.one, self.two = nn.Linear(6, 8), nn.Linear(6, 8)\n"
+        "        self.join, self.head = nn.Linear(16, 12), nn.Linear(12, 3)\n"
+        "    def forward(self, x):\n"
+        "        x = torch.cat([self.one(x), self.two(x)], 1).relu()\n"
+        "        return self.head(self.join(x).relu())\n"
+    )
+    words = ["prune", f"{source}:Net", "--shape", "6", "--classes", "3", "--density", "0.6"]
+    assert main([*words, "-o", str(tmp_path / "b")]) == 0
+    assert "one keeps its width: join reads it beside two" in capsys.readouterr().out
+    assert set(read_bundle(tmp_path / "b").pruning["left_whole"]) == {"one", "two"}
+
+
+def test_fitting_a_module_meets_the_predicted_memory():
+    """A module's widths are fitted as those of a reference net: under the memory, and near it."""
+    pytest.importorskip("torch_pruning", reason="the extra `prune` is not installed")
+    net = torch.nn.Sequential(torch.nn.Linear(64, 3000), torch.nn.ReLU(), torch.nn.Linear(3000, 3))
+    options = {"sample_shape": (64,), "classes": 3}
+    structure = trace_structure(net, sample_shape=(64,)).structure
+
+    def build(widths):
+        keep = {"0": range(widths["0"])}
+        return narrow_module(net, structure, keep, sample_shape=(64,))
+
+    spend = fit_structure(1e3, structure, build, **options, batch_size=256).spend
+    allowed = (spend({"0": 3000}) + spend({"0": 1})) / 2
+    pruned = prune_module(net, **options, method="uniform", allowed_mib=allowed, batch_size=256)
+    assert 0.95 * allowed <= spend(pruned.widths) <= allowed
+    assert 1 < pruned.widths["0"] < 3000
 
 
 def test_fitting_meets_the_predicted_memory():
@@ -201,7 +312,8 @@ def test_picture_shows_every_layer_and_the_budget():
         "method": "ntk",
         "params": 50,
         "params_dense": 100,
-        "densities": {"conv1.weight": 0.5, "fc1.weight": 0.2},
+        "densities": {"fc1.weight": 0.2},
+        "kept": {"conv1.weight": 0.5, "fc1.weight": 0.25},
         "widths_dense": {"first": 8, "second": 9},
         "widths": {"first": 4, "second": 5},
         "predicted_peak_mib_dense": 80.0,
@@ -211,7 +323,15 @@ def test_picture_shows_every_layer_and_the_budget():
     }
     svg = prune_picture(facts, BudgetLine("pi-zero-2w", 75.0))
     said = " ".join(ElementTree.fromstring(svg).itertext())
-    for word in ("conv1", "fc1", "first", "second", "pi-zero-2w", "50 of 100 parameters"):
+    for word in (
+        "conv1",
+        "fc1",
+        "the saliency left",
+        "first",
+        "second",
+        "pi-zero-2w",
+        "50 of 100 parameters",
+    ):
         assert word in said
     assert svg == prune_picture(facts, BudgetLine("pi-zero-2w", 75.0))
 

@@ -13,8 +13,10 @@ from torch import nn
 
 from edge_agent.bundle import read_bundle
 from edge_agent.forward import Forward
+from profiles.cost import graph_cost
 from profiles.errors import ModelError
 from pruning.export import TOLERANCE, export_graph
+from pruning.fold import fold_shapes
 from pruning.models import build_model, standardisation
 from pruning.prune import prune_model, write_pruned
 
@@ -169,3 +171,106 @@ def test_frozen_parameters_become_constants():
     net = Sloppy("frozen")
     net.spare.requires_grad_(False)
     assert list(export_graph(net, sample_shape=(4,), classes=3).weights) == ["body.weight", "body.bias"]
+
+
+class Leaky(nn.Module):
+    """Linear layers of which one, with large biases, hides that its activation is no ReLU."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.inner, self.head = nn.Linear(6, 5), nn.Linear(5, 2), nn.Linear(2, 3)
+        nn.init.constant_(self.inner.bias, 30.0)
+
+    def forward(self, x):
+        """Classify rows."""
+        return self.head(nn.functional.leaky_relu(self.inner(torch.relu(self.first(x)))))
+
+
+class Rerun(nn.Module):
+    """A net whose last layer ran before, on its own output."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Linear(6, 3), nn.Linear(3, 3)
+
+    def forward(self, x):
+        """Classify rows."""
+        return self.head(torch.relu(self.head(self.first(x))))
+
+
+class Lent(nn.Module):
+    """A net whose last layer lends its weight to the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(6, 3)
+        self.first, self.inner = nn.Linear(6, 3, bias=False), nn.Linear(3, 6)
+        self.first.weight = self.head.weight
+
+    def forward(self, x):
+        """Classify rows."""
+        return self.head(self.inner(torch.relu(self.first(x))))
+
+
+class Shut(nn.Module):
+    """A net whose middle is shut by a ReLU at the weights that it has."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.inner, self.head = nn.Linear(6, 2), nn.Linear(2, 2), nn.Linear(2, 3)
+        nn.init.constant_(self.first.bias, -9.0)
+
+    def forward(self, x):
+        """Classify rows."""
+        return self.head(torch.tanh(self.inner(torch.relu(self.first(x)))))
+
+
+def test_a_shut_unit_is_no_unused_tensor():
+    """A tensor that does not move the loss at one set of weights, but at others, is no error."""
+    exported = export_graph(Shut(), sample_shape=(6,), classes=3)
+    assert list(exported.weights)[:2] == ["first.weight", "first.bias"]
+
+
+@pytest.mark.parametrize(
+    ("net", "head", "hidden"),
+    [(Leaky, ("head.weight", "head.bias"), ()), (Rerun, (), ()), (Lent, (), ())],
+)
+def test_only_sure_gradients_are_told(net, head, hidden):
+    """An activation that only looks like a known one, and a last layer used twice, have no exact gradient."""
+    exported = export_graph(net(), sample_shape=(6,), classes=3)
+    assert (exported.head, exported.hidden) == (head, hidden)
+
+
+class ReadsShapes(nn.Module):
+    """An image in patches beside a class token, torch's attention, and reshapes by what ``x.shape`` says."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch, self.token = nn.Conv2d(3, 16, 4, 4), nn.Parameter(torch.randn(1, 1, 16))
+        self.block = nn.TransformerEncoderLayer(16, 4, 40, dropout=0.0, batch_first=True, norm_first=True)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x):
+        """Classify images."""
+        x = self.patch(x)
+        n, c, h, w = x.shape
+        x = x.reshape(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h * w).transpose(1, 2)
+        x = torch.cat([self.token.expand(n, -1, -1), x], 1)
+        return self.head(self.block(x)[:, 0])
+
+
+def test_shapes_that_a_net_reads_are_folded():
+    """Only the batch is left to be read: the cost can be told, and outputs agree at every batch size."""
+    exported = export_graph(ReadsShapes(), sample_shape=(3, 8, 8), classes=5)
+    assert exported.error <= TOLERANCE  # at batches of 1, 3 and 8
+    products = 4 * 16 * 48 + 5 * (4 * 16 * 16 + 2 * 16 * 40) + 2 * 5 * 5 * 16 + 16 * 5
+    assert graph_cost(exported.graph).forward_flops == 2 * products
+    nodes = onnx.load_model_from_string(exported.graph).graph.node
+    assert sum(node.op_type == "Reshape" for node in nodes) > 5
+
+
+def test_graphs_without_computed_shapes_keep_their_bytes():
+    """A graph that computes no shape, as all reference nets', is returned as it is."""
+    net = build_model("resnet20", sample_shape=(3, 8, 8), classes=4)
+    graph = export_graph(net, sample_shape=(3, 8, 8), classes=4, verify=False).graph
+    assert fold_shapes(graph, sample_shape=(3, 8, 8)) == graph

@@ -16,6 +16,7 @@ from profiles.errors import BundleError, ModelError
 from pruning.export import export_bundle
 from pruning.gates import choose_units, export_gated_bundle, gate_derivatives, split_scores
 from pruning.models import build_model, model_structure
+from pruning.modules import Coupling, declare_structure
 
 SHAPES = {"mlp": (20,), "lenet": (1, 12, 12), "resnet20": (1, 8, 8), "dscnn": (1, 12, 8)}
 KEYS = [NoiseKey(7, draw, 0, 0) for draw in range(2)]
@@ -150,3 +151,61 @@ def test_bundle_without_gates_is_refused(tmp_path):
     )
     with pytest.raises(BundleError, match="no gates"):
         open_gates(bundle)
+
+
+class Mixed(torch.nn.Module):
+    """A transposed convolution, and a head per unit of eight features over four tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.down = torch.nn.Conv1d(3, 10, 3, 2, 1)
+        self.up = torch.nn.ConvTranspose1d(10, 12, 2, 2)
+        self.query, self.value = torch.nn.Linear(12, 24), torch.nn.Linear(12, 24)
+        self.key = torch.nn.Linear(12, 24, bias=False)  # softmax would not see it
+        self.mix, self.head = torch.nn.Linear(24, 12), torch.nn.Linear(12, 4)
+
+    def forward(self, x):
+        """Classify sequences (n, 3, 4)."""
+        x = self.up(torch.relu(self.down(x))).transpose(1, 2)
+        q, k, v = (p(x).reshape(-1, 4, 3, 8).transpose(1, 2) for p in (self.query, self.key, self.value))
+        mixed = (q @ k.transpose(2, 3)).div(8**0.5).softmax(-1) @ v
+        return self.head((x + self.mix(mixed.transpose(1, 2).reshape(-1, 4, 24))).mean(1))
+
+
+def test_gates_of_heads_and_of_transposed_layers(tmp_path):
+    """Also there a closed gate is a unit whose readers see zero, and scores rank units as autograd does."""
+    torch.manual_seed(3)
+    net, shape = Mixed(), (3, 4)
+    structure = declare_structure(
+        net,
+        [
+            Coupling("low", 10, writes=("down",), reads=("up",)),
+            Coupling("heads", 3, writes=("query", "key", "value"), reads=("mix",)),
+        ],
+        sample_shape=shape,
+    )
+    bundle = export_gated_bundle(
+        net, tmp_path, structure, model="mixed", sample_shape=shape, classes=4, cost=cost
+    )
+    replica, gates = bundle.replica(), open_gates(bundle)
+    forward = Forward(bundle, replica.weights, others=gates.inputs)
+    x = torch.randn(40, *shape)
+    for group, reader, part in (("low", net.up, (slice(4, 5),)), ("heads", net.mix, (..., slice(8, 16)))):
+        unit = 4 if group == "low" else 1
+        gates.inputs[f"gate.{group}"][unit] = 0
+        weight = reader.weight.detach().clone()
+        weight[part] = 0
+        name = "up.weight" if group == "low" else "mix.weight"
+        cut = functional_call(net, {name: weight}, (x,)).detach().numpy()
+        assert np.abs(forward.logits(x.numpy()) - cut).max() < 1e-5
+        gates.inputs[f"gate.{group}"][unit] = 1
+
+    found = gate_scores(replica, gates, lambda: forward.logits(x.numpy()), keys=KEYS, epsilon=0.01)
+    shifts = []
+    for key in KEYS:
+        moved = bundle.replica()
+        perturb(moved.weights, moved.segments, [Term(key, 1)], epsilon=0.01)
+        z = torch.from_numpy(moved.weights - replica.weights)
+        shifts.append({t.name: z[t.offset : t.offset + t.size].reshape(t.shape) for t in bundle.tensors})
+    exact = torch.cat(list(gate_derivatives(net, structure, x, shifts).values()))
+    assert spearmanr(found.scores, exact.numpy()).statistic > 0.9

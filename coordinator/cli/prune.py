@@ -64,7 +64,9 @@ def prune(
         str, typer.Option(help="structured: narrower layers. mask: single weights, saves no memory.")
     ] = "structured",
     draws: Annotated[int, typer.Option(min=1, help="Draws of the saliency per step.")] = 5,
-    seed: Annotated[int, typer.Option(help="Names the draws and the fresh weights.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="Names the draws and the fresh weights.")
+    ] = 0,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the manifest's pruning as one JSON object.")
     ] = False,
@@ -72,7 +74,8 @@ def prune(
     """Make a net smaller before training, and write it as a bundle with a picture.
 
     Exactly one of --density, --params, --macs and --fit says how small; without any, half of the parameters
-    stay. Data is looked at for its shape and standardisation, and by snip and grasp; ntk needs none.
+    stay. Data is looked at for its shape and standardisation, and by snip and grasp; ntk needs none. A module
+    of your own gets the values of the data as they are.
     """
     from coordinator.cli.testbed import observing
     from coordinator.prune_command import PruneRequest, prune_to_bundle
