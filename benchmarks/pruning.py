@@ -77,6 +77,7 @@ TASKS = {
     "lenet": Task("lenet", 400, 10, 16, 0.04),
     "lenet-headstep": Task("lenet", 150, 10, 16, 0.02, method="headstep", exact=64),
     "resnet20": Task("resnet20", 200, 10, 8, 0.08, pool=2),
+    "resnet20-headstep": Task("resnet20", 400, 10, 8, 0.02, pool=2, method="headstep", exact=650),
 }
 
 
