@@ -3,10 +3,13 @@
 Knows how a module is loaded from a Python file and how its units are chosen. Does not know data or boards.
 """
 
+import contextlib
 import copy
 import importlib.util
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import cast
 
 import numpy as np
@@ -130,6 +133,11 @@ def prune_module(
             raise
         kept = "; ".join(f"{layer}: {reason}" for layer, reason in left_whole.items())
         raise ModelError(f"{error}. These keep their width: {kept}", hint=error.hint) from error
+    except RuntimeError as error:  # torch's, about a module that it cannot differentiate
+        raise ModelError(
+            f"{name} cannot be looked at by {method}: {str(error).splitlines()[0]}",
+            hint="Replace operations in place, or use --method uniform.",
+        ) from error
     narrow = narrowed(widths)
     if not pretrained:
         initialise(narrow, seed=seed)
@@ -154,20 +162,25 @@ def check_module(
 ) -> None:
     """Raise ModelError unless a module can be pruned and trained for this problem.
 
-    It has to turn (n, *sample_shape) into (n, classes), use all its trainable parameters, and give finite
-    outputs on Gaussian inputs: with its own weights if ``pretrained``, else with redrawn ones.
+    It has to turn (n, *sample_shape) into (n, classes), in float32 and the same each time, to use all its
+    trainable parameters, and to give finite outputs on Gaussian inputs: with its own weights if
+    ``pretrained``, else with redrawn ones. Lazy layers have their shapes afterwards; nothing else changes.
     """
-    trial = copy.deepcopy(module).eval()
-    if not pretrained:
-        initialise(trial, seed=0)
     inputs = torch.randn(2, *sample_shape, generator=torch.Generator().manual_seed(0))
+    training = module.training
     try:
-        outputs = trial(inputs)
+        module.eval()(inputs)
+        trial = copy.deepcopy(module)
+        if not pretrained:
+            initialise(trial, seed=0)
+        outputs, again = trial(inputs), trial(inputs)
     except Exception as error:  # whatever the user's code raises
         raise ModelError(
             f"{name} cannot take samples of the shape {sample_shape}: {type(error).__name__}: {error}",
             hint="Give the shape that the module is made for.",
         ) from error
+    finally:
+        module.train(training)
     found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
     if found != (2, classes):
         raise ModelError(
@@ -180,11 +193,26 @@ def check_module(
             f"{'its own' if pretrained else 'redrawn'} weights",
             hint="Add a norm after the layers whose output grows, or draw smaller weights.",
         )
+    if not torch.equal(outputs, again):
+        raise ModelError(
+            f"{name} gives other outputs for the same inputs",
+            hint="Let it draw nothing at random in evaluation: use nn.Dropout, not functional.dropout.",
+        )
+    wide = [key for key, p in trial.named_parameters() if p.dtype != torch.float32]
+    if wide:
+        raise ModelError(
+            f"{name} has parameters that are not float32: {', '.join(wide)}", hint="Use .float()."
+        )
     trained = {key: p for key, p in trial.named_parameters() if p.requires_grad}
     if not trained:
         raise ModelError(f"{name} has no parameters to train", hint="Give a module with a linear layer.")
     if outputs.requires_grad:
-        gradients = torch.autograd.grad(outputs.sum(), [*trained.values()], allow_unused=True)
+        try:
+            gradients = torch.autograd.grad(outputs.sum(), [*trained.values()], allow_unused=True)
+        except (
+            RuntimeError
+        ):  # operations in place: whoever needs derivatives says so, and the export looks again
+            return
         trained = {key: p for (key, p), g in zip(trained.items(), gradients, strict=True) if g is None}
     if trained:
         raise ModelError(
@@ -224,17 +252,38 @@ def load_module(reference: str, *, seed: int = 0) -> nn.Module:
     file, _, function = reference.rpartition(":")
     if not file or not Path(file).is_file():
         raise ModelError(f"{file or reference!r} is no Python file", hint="Write FILE.py:FUNCTION.")
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    if spec is None or spec.loader is None:
-        raise ModelError(f"{file} is no Python file", hint="Write FILE.py:FUNCTION.")
-    source = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(source)
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), contextlib.redirect_stdout(sys.stderr):
             torch.manual_seed(derive_seed("module", seed))
-            made = getattr(source, function)()
-    except Exception as error:  # whatever the user's code raises
-        raise ModelError(f"{reference} failed: {type(error).__name__}: {error}") from error
+            made = getattr(_run_file(Path(file)), function)()
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
+        raise ModelError(
+            f"{reference} failed: {type(error).__name__}: {error}",
+            hint="Call the function in a Python shell to see where it fails; it takes no arguments.",
+        ) from error
     if not isinstance(made, nn.Module):
-        raise ModelError(f"{reference} returned {type(made).__name__}, expected a torch module")
+        raise ModelError(
+            f"{reference} returned {type(made).__name__}, expected a torch module",
+            hint="Name a function without arguments, or a class.",
+        )
     return made
+
+
+def _run_file(file: Path) -> ModuleType:
+    """Run a Python file, which may import its neighbours, as a module that dataclasses can find."""
+    name = f"scalarfed net {file.resolve()}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{file} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    folder = str(file.resolve().parent)
+    sys.modules[name] = module
+    sys.path.append(folder)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    finally:
+        sys.path.remove(folder)
+    return module

@@ -374,6 +374,52 @@ class Idle(nn.Module):
         return self.head(functional.relu(self.inner(x)))
 
 
+class Cast(nn.Module):
+    """Turns its input into float64."""
+
+    def forward(self, x):
+        """Return the same numbers."""
+        return x.double()
+
+
+class Moody(nn.Module):
+    """It draws at random when it is evaluated."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = nn.Linear(9, 24), nn.Linear(24, 7)
+
+    def forward(self, x):
+        """Classify rows."""
+        return self.head(functional.dropout(functional.relu(self.inner(x)), 0.5))
+
+
+class InPlace(nn.Module):
+    """It changes what a derivative would need."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.more, self.head = nn.Linear(9, 24), nn.Linear(24, 24), nn.Linear(24, 7)
+
+    def forward(self, x):
+        """Classify rows."""
+        x = functional.relu(self.inner(x), inplace=True)
+        x += self.more(x)
+        return self.head(x)
+
+
+def test_lazy_layers_and_operations_in_place():
+    """Lazy layers get their shapes; a net that cannot be differentiated is narrowed without derivatives."""
+    lazy = nn.Sequential(nn.LazyLinear(24), nn.ReLU(), nn.LazyLinear(7))
+    pruned = prune_module(lazy, sample_shape=(9,), classes=7, method="ntk", draws=1, schedule_steps=2)
+    assert pruned.widths_dense == {"0": 24}
+    options = {"sample_shape": (9,), "classes": 7, "name": "own"}
+    assert prune_module(InPlace(), **options, method="uniform").params
+    with pytest.raises(ModelError, match=r"own cannot be looked at by ntk: .*inplace") as refused:
+        prune_module(InPlace(), **options, method="ntk")
+    assert "uniform" in refused.value.hint
+
+
 @pytest.mark.parametrize("method", ["uniform", "ntk", "ntk-widths"])
 @pytest.mark.parametrize(
     ("net", "message"),
@@ -381,6 +427,11 @@ class Idle(nn.Module):
         (Explosive(), "bad gives outputs that are not finite under redrawn weights"),
         (Idle(), r"the output of bad does not depend on idle\.weight, idle\.bias"),
         (nn.Flatten(), "bad gives an output of the shape"),
+        (Moody(), "bad gives other outputs for the same inputs"),
+        (
+            nn.Sequential(Cast(), nn.Linear(9, 20).double(), nn.Linear(20, 7).double()),
+            r"not float32: 1\.weight",
+        ),
         (nn.Linear(9, 7), "no layer whose width could change"),
         (nn.Sequential(nn.Linear(8, 20), nn.Linear(20, 7)), r"cannot take samples of the shape \(9,\)"),
         (
@@ -388,7 +439,7 @@ class Idle(nn.Module):
             r"shape \(2, 6\) for 2 samples, expected \(2, 7\)",
         ),
     ],
-    ids=["explosive", "idle", "flatten", "one layer", "shape", "classes"],
+    ids=["explosive", "idle", "flatten", "moody", "double", "one layer", "shape", "classes"],
 )
 def test_bad_nets_are_refused_before_work(net, message, method):
     """Each gets a message with what is wrong and a hint, whatever the method."""
