@@ -28,7 +28,7 @@ from profiles.device import load_profile
 from profiles.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
-    from pruning.prune import Allowance
+    from pruning.plan import Allowance
 
 __all__ = ["PruneRequest", "prune_to_bundle"]
 
@@ -52,7 +52,7 @@ class PruneRequest:
         macs: Multiply-accumulates that a forward of one sample may take.
         fit: A profile whose memory the training may use.
         batch_size: Samples of a forward pass, for ``fit`` and the picture.
-        method: One of :data:`pruning.prune.METHODS`, or ``autoflip``; what trained best if None: ``uniform``
+        method: One of :data:`pruning.plan.METHODS`, or ``autoflip``; what trained best if None: ``uniform``
             for narrower layers, ``ntk`` for masks.
         explored: For ``autoflip``, the folder of a run in which the agents explored.
         mode: ``structured`` or ``mask``.
@@ -217,7 +217,7 @@ def _problem(request: PruneRequest) -> _Problem:
 
 def _allowance(request: PruneRequest, problem: _Problem, allowed_mib: float | None) -> "Allowance | None":
     from pruning.fit import fit_memory
-    from pruning.prune import Allowance
+    from pruning.plan import Allowance
 
     for unit, amount in (("params", request.params), ("macs", request.macs)):
         if amount is not None:

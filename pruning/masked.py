@@ -25,7 +25,8 @@ from pruning.baselines import ALL_SCORES
 from pruning.export import Exported, export_graph, write_exported
 from pruning.masks import Masks, densities_of
 from pruning.models import build_model, choose_model
-from pruning.prune import find_masks, standardised
+from pruning.plan import find_masks
+from pruning.prune import standardised
 from pruning.prune_module import check_module
 from pruning.saliency import Probe, make_probe
 from pruning.weights import initialise

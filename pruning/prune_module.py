@@ -1,4 +1,4 @@
-"""Pruning a torch module of one's own: as :func:`pruning.prune.prune_model`, without a known family.
+"""Pruning a torch module of one's own, which is told by no family's name.
 
 Knows how a module is loaded from a Python file and how its units are chosen. Does not know data or boards.
 """
@@ -21,7 +21,8 @@ from profiles.errors import ModelError
 from pruning.fit import fit_structure
 from pruning.gates import choose_units
 from pruning.modules import Coupling, declare_structure, trace_structure
-from pruning.prune import Allowance, Pruned, check_method, describe_pruned, plan_widths, standardised
+from pruning.plan import Allowance, check_method, plan_widths
+from pruning.prune import Pruned, describe_pruned, standardised
 from pruning.saliency import make_probe
 from pruning.shrink import narrow_module
 from pruning.structure import Axis, Structure

@@ -15,7 +15,8 @@ from pruning.export import export_graph
 from pruning.gates import choose_units
 from pruning.masked import mask_module, write_masked
 from pruning.modules import Coupling, declare_structure, trace_structure
-from pruning.prune import Allowance, write_pruned
+from pruning.plan import Allowance
+from pruning.prune import write_pruned
 from pruning.prune_module import prune_module
 from pruning.shrink import masked_module, narrow_module
 
