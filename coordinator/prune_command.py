@@ -126,6 +126,11 @@ def _check(request: PruneRequest) -> None:
         raise ConfigError(
             f"--{' and --'.join(given)} say how small in {len(given)} ways", hint="Give one of them."
         )
+    if given and request.method == "none":
+        raise ConfigError(
+            f"--method none leaves the net as it is, --{given[0]} asks for less",
+            hint="Leave one of them out.",
+        )
     for name in ("params", "macs"):
         amount = getattr(request, name)
         if amount is not None and not (math.isfinite(amount) and amount > 0):

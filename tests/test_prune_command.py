@@ -194,6 +194,7 @@ def test_bad_modules_are_refused(nets, function, message):
             3,
             "saves neither",
         ),
+        (["mlp", "--shape", "8", "--classes", "3", "--method", "none", "--params", "99"], 3, "asks for less"),
         (["mlp", "--shape", "8", "--classes", "3", "--method", "autoflip"], 3, "do not go together"),
         (["mlp", "--shape", "8", "--classes", "3", "--explored", "runs"], 3, "do not go together"),
         (["vgg", "--shape", "1x8x8", "--classes", "3"], 5, "'vgg' is unknown"),
