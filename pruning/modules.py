@@ -3,10 +3,10 @@
 Knows layers by their torch types and Torch-Pruning's dependency graph (the extra `prune`). Does not know
 which units are worth keeping, nor how tensors are cut.
 
-Tracing follows linear layers, convolutions (transposed and split ones too), norms and PReLU through
-additions and flattening. A group that meets anything else (a concatenation, a bare parameter, an unknown
-layer), or that cannot shrink without changing what the net computes, is left whole and named, never guessed.
-FFN neurons and attention heads are declared by a :class:`Coupling`.
+Tracing follows linear layers, convolutions (transposed and split ones too), embeddings, norms and PReLU
+through additions and flattening. A group that meets anything else (a concatenation, a bare parameter, an
+unknown layer), or that cannot shrink without changing what the net computes, is left whole and named, never
+guessed. Attention heads are declared by a :class:`Coupling`.
 """
 
 import math
@@ -36,7 +36,7 @@ from pruning.structure import (
 __all__ = ["Coupling", "Traced", "declare_structure", "trace_structure"]
 
 _NORMS = (nn.GroupNorm, nn.LayerNorm, nn.modules.batchnorm._NormBase)
-_FOLLOWERS = (*_NORMS, nn.PReLU)
+_FOLLOWERS = (*_NORMS, nn.PReLU, nn.Embedding)
 
 
 @dataclass(frozen=True)
@@ -333,6 +333,8 @@ def _assemble(
 
 def _place(layer: nn.Module, leaf: str, axis: int) -> int | None:
     """Return along which axis a layer's tensor follows what it makes (0) or reads (1), or None."""
+    if isinstance(layer, nn.Embedding):
+        return 1 if axis == 0 else None  # rows are tokens
     if leaf != "weight" or not isinstance(layer, WEIGHTED):
         return 0 if axis == 0 else None  # a bias does not follow the inputs
     if _is_split(layer):

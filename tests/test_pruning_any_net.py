@@ -189,10 +189,7 @@ def test_every_width_is_followed_and_cut_exactly(name):
     net = shaken(make())
     traced = trace_structure(net, sample_shape=shape)
     structure = traced.structure
-    if name == "embedding":  # its width is the embedding's, which is not followed
-        assert list(traced.left_whole) == ["down"]
-    else:
-        assert traced.left_whole == {}
+    assert traced.left_whole == {}
     keep = half(structure)
     assert all(len(units) < structure.dense[group] for group, units in keep.items())
     narrow = narrow_module(net, structure, keep, sample_shape=shape)
