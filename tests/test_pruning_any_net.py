@@ -1,6 +1,7 @@
 """Tests of pruning.modules and pruning.prune_module on nets of many kinds: traced, narrowed, exported."""
 
 import copy
+import importlib.util
 
 import numpy as np
 import pytest
@@ -20,8 +21,9 @@ from pruning.prune import write_pruned
 from pruning.prune_module import prune_module
 from pruning.shrink import masked_module, narrow_module
 
-pytest.importorskip("torch_pruning", reason="the extra `prune` is not installed")
-
+needs_tracing = pytest.mark.skipif(
+    importlib.util.find_spec("torch_pruning") is None, reason="the extra `prune` is not installed"
+)
 IMAGE = (3, 8, 8)
 
 
@@ -181,6 +183,7 @@ def gap(one, two, shape):
     return float((a - b).abs().max()) / max(1.0, float(b.abs().max()))
 
 
+@needs_tracing
 @pytest.mark.parametrize("name", NETS)
 def test_every_width_is_followed_and_cut_exactly(name):
     """All layers but the last are followed; half of the units leave what the masked net computes."""
@@ -217,6 +220,7 @@ class ChannelsLast(nn.Module):
         return self.head(functional.relu(self.inner(x)))
 
 
+@needs_tracing
 @pytest.mark.parametrize("gain", [1.0, 0.0])
 def test_what_shrinks_wrongly_is_left_whole_by_name(gain):
     """A group that cannot shrink keeps its width and the rest shrinks; a norm that is zero hides nothing."""
@@ -242,6 +246,7 @@ class Tied(nn.Module):
         return self.head(functional.relu(self.inner(x)))
 
 
+@needs_tracing
 def test_tied_weights_stay_tied():
     """Layers that share a weight keep their width and go on sharing it in the narrow net."""
     net = shaken(Tied())
@@ -337,6 +342,7 @@ def test_a_module_declares_its_heads(method, tmp_path):
     assert np.abs(Forward(bundle, bundle.replica().weights).logits(x.numpy()) - expected).max() < 1e-4
 
 
+@needs_tracing
 def test_bare_parameters_and_attention_are_no_obstacle():
     """The FFN's neurons of a block with bare parameters shrink; the parameters keep their values."""
     net = Positions()
@@ -406,6 +412,7 @@ class InPlace(nn.Module):
         return self.head(x)
 
 
+@needs_tracing
 def test_lazy_layers_and_operations_in_place():
     """Lazy layers get their shapes; a net that cannot be differentiated is narrowed without derivatives."""
     lazy = nn.Sequential(nn.LazyLinear(24), nn.ReLU(), nn.LazyLinear(7))
@@ -430,7 +437,7 @@ def test_lazy_layers_and_operations_in_place():
             nn.Sequential(Cast(), nn.Linear(9, 20).double(), nn.Linear(20, 7).double()),
             r"not float32: 1\.weight",
         ),
-        (nn.Linear(9, 7), "no layer whose width could change"),
+        pytest.param(nn.Linear(9, 7), "no layer whose width could change", marks=needs_tracing),
         (nn.Sequential(nn.Linear(8, 20), nn.Linear(20, 7)), r"cannot take samples of the shape \(9,\)"),
         (
             nn.Sequential(nn.Linear(9, 20), nn.Linear(20, 6)),
@@ -446,6 +453,7 @@ def test_bad_nets_are_refused_before_work(net, message, method):
     assert refused.value.hint
 
 
+@needs_tracing
 def test_a_budget_that_is_too_small_names_what_kept_its_width():
     """The message has the minimum, and the layers because of which it is not smaller."""
     allowance = Allowance("macs", 100)
@@ -456,6 +464,7 @@ def test_a_budget_that_is_too_small_names_what_kept_its_width():
     assert "17,927" in refused.value.hint
 
 
+@needs_tracing
 def test_frozen_layers_keep_their_weights(tmp_path):
     """What is not trained keeps its values, in the narrow net and in the masked one, and gets no mask."""
     net = nn.Sequential(nn.Linear(9, 16), nn.ReLU(), nn.Linear(16, 20), nn.ReLU(), nn.Linear(20, 7))
@@ -495,6 +504,7 @@ def test_masks_of_any_net(make, tmp_path):
     assert bundle.cost["forward_flops"] == bundle.pruning["forward_flops_dense"]
 
 
+@needs_tracing
 def test_the_module_is_left_as_it_is():
     """Pruning changes neither a weight nor the mode of the given module."""
     net = Inverted(nn.BatchNorm2d).train()
