@@ -244,19 +244,28 @@ def _mark_conflicts(module: nn.Module, found: list[_Found]) -> None:
 
 
 def _try_groups(module: nn.Module, structure: Structure, sample_shape: tuple[int, ...]) -> dict[str, str]:
-    """Take a unit of each group out of a trial copy; return the groups where that goes wrong, and how."""
-    untrue = {}
+    """Take a unit of each group out of a trial copy; return the groups where that goes wrong, and how.
+
+    All at once first: only where that goes wrong it is one group after the other.
+    """
     trial = trial_copy(module, sample_shape=sample_shape)
+    keep = {}
     for group in structure.groups:
         part = group.width // group.multiple
         units = [unit for unit in range(group.width) if unit % part != part // 2]
-        if len(units) < group.minimum:
-            continue
-        try:
-            narrow_module(trial, structure, {group.name: units}, sample_shape=sample_shape)
-        except ModelError as error:
-            untrue[group.name] = str(error)
-    return untrue
+        if len(units) >= group.minimum:
+            keep[group.name] = units
+    try:
+        narrow_module(trial, structure, keep, sample_shape=sample_shape)
+    except ModelError:
+        untrue = {}
+        for name, units in keep.items():
+            try:
+                narrow_module(trial, structure, {name: units}, sample_shape=sample_shape)
+            except ModelError as error:
+                untrue[name] = str(error)
+        return untrue
+    return {}
 
 
 def _norm_rule(layers: Iterable[nn.Module], units: int) -> tuple[int, int]:
