@@ -241,7 +241,7 @@ def _allowance(request: PruneRequest, problem: _Problem, allowed_mib: float | No
 def _write_narrow(
     request: PruneRequest, problem: _Problem, allowed_mib: float | None, folder: Path, observer: Observer
 ) -> Bundle:
-    from pruning.models import standardisation
+    from pruning.models import moments, standardisation
     from pruning.prune import prune_model, write_pruned
     from pruning.prune_module import load_module, prune_module
 
@@ -260,6 +260,7 @@ def _write_narrow(
             draws=request.draws,
             seed=request.seed,
             labelled=_labelled(problem),
+            moments=None if problem.inputs is None else moments(problem.inputs),
             allowed_mib=allowed_mib,
             batch_size=request.batch_size,
             progress=observer.pruning,
@@ -314,7 +315,7 @@ def _write_mask(
     request: PruneRequest, problem: _Problem, allowed_mib: float | None, folder: Path, observer: Observer
 ) -> Bundle:
     from pruning.masked import mask_model, mask_module, write_masked
-    from pruning.models import standardisation
+    from pruning.models import moments, standardisation
     from pruning.prune_module import load_module
 
     asked: dict[str, Any] = {
@@ -329,7 +330,8 @@ def _write_mask(
     }
     if ":" in request.model:
         module = load_module(request.model, seed=request.seed)
-        masked = mask_module(module, name=request.model.rpartition(":")[2], **asked)
+        taken = None if problem.inputs is None else moments(problem.inputs)
+        masked = mask_module(module, name=request.model.rpartition(":")[2], moments=taken, **asked)
     else:
         standardise = None if problem.inputs is None else standardisation(problem.inputs)
         masked = mask_model(request.model, standardise=standardise, **asked)

@@ -19,7 +19,7 @@ from pruning.masks import Masks, densities_of, schedule
 from pruning.saliency import Probe
 from pruning.structure import Structure
 from pruning.threads import one_thread
-from pruning.weights import derive_seed
+from pruning.weights import Moments, derive_seed
 
 __all__ = ["METHODS", "Allowance", "check_method", "find_masks", "plan_widths"]
 
@@ -70,6 +70,7 @@ def plan_widths(
     steps: int = 20,
     seed: int = 0,
     densities: Mapping[str, float] | None = None,
+    moments: Moments | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[dict[str, int], dict[str, float]]:
     """Return the widths that a method gives a net, and the layer densities that its saliency found.
@@ -87,6 +88,7 @@ def plan_widths(
         steps: Cuts of the schedule.
         seed: Names the widths of method ``random``.
         densities: See :func:`prune_model`.
+        moments: Mean and deviation of the net's inputs; 0 and 1 if None.
         progress: Called with the cuts done and all cuts.
     """
     widths = structure.dense
@@ -109,7 +111,9 @@ def plan_widths(
             chosen = seek_widths(
                 structure,
                 lambda fractions: _allocate(structure, fractions, spend, allowed),
-                lambda widths: evenness(build, widths, sample_shape=sample_shape, draws=draws, seed=seed),
+                lambda widths: evenness(
+                    build, widths, sample_shape=sample_shape, draws=draws, seed=seed, moments=moments
+                ),
                 progress=progress,
             )
         return chosen, {}

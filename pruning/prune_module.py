@@ -26,7 +26,7 @@ from pruning.prune import Pruned, describe_pruned, standardised
 from pruning.saliency import make_probe
 from pruning.shrink import narrow_module
 from pruning.structure import Axis, Structure
-from pruning.weights import derive_seed, initialise
+from pruning.weights import Moments, derive_seed, draw_inputs, initialise
 
 __all__ = ["check_module", "load_module", "prune_module", "unit_magnitudes"]
 
@@ -49,6 +49,7 @@ def prune_module(
     seed: int = 0,
     pretrained: bool = False,
     labelled: tuple[NDArray[np.float32], NDArray[np.int64]] | None = None,
+    moments: Moments | None = None,
     allowed_mib: float | None = None,
     batch_size: int = 32,
     progress: Callable[[int, int], None] | None = None,
@@ -73,6 +74,7 @@ def prune_module(
         seed: Names all draws and the fresh weights.
         pretrained: Keep the weights, of the units with the largest magnitude. If False, draw them anew.
         labelled: Inputs as the module takes them and labels, for ``snip`` and ``grasp``.
+        moments: Mean and deviation of the values that the module takes; 0 and 1 if None.
         allowed_mib: In the place of ``allowance``, the predicted peak memory that training may reach, in MiB.
         batch_size: Samples of one forward pass, for ``allowed_mib``.
         progress: Called with the cuts done and all cuts.
@@ -82,7 +84,14 @@ def prune_module(
     """
     check_method(method)
     module = copy.deepcopy(module).eval()
-    check_module(module, sample_shape=sample_shape, classes=classes, name=name, pretrained=pretrained)
+    check_module(
+        module,
+        sample_shape=sample_shape,
+        classes=classes,
+        name=name,
+        pretrained=pretrained,
+        moments=moments,
+    )
     left_whole: dict[str, str] = {}
     if structure is None and hasattr(module, "couplings"):
         couplings = cast("Sequence[Coupling]", module.couplings)
@@ -117,7 +126,9 @@ def prune_module(
     try:
         widths, densities = plan_widths(
             structure,
-            lambda: make_probe(module, sample_shape=sample_shape, draws=draws, seed=seed, labelled=known),
+            lambda: make_probe(
+                module, sample_shape=sample_shape, draws=draws, seed=seed, labelled=known, moments=moments
+            ),
             narrowed,
             sample_shape=sample_shape,
             draws=draws,
@@ -127,6 +138,7 @@ def prune_module(
             allowance=allowance,
             steps=schedule_steps,
             seed=seed,
+            moments=moments,
             progress=progress,
         )
     except ModelError as error:
@@ -159,7 +171,13 @@ def prune_module(
 
 
 def check_module(
-    module: nn.Module, *, sample_shape: tuple[int, ...], classes: int, name: str, pretrained: bool = False
+    module: nn.Module,
+    *,
+    sample_shape: tuple[int, ...],
+    classes: int,
+    name: str,
+    pretrained: bool = False,
+    moments: Moments | None = None,
 ) -> None:
     """Raise ModelError unless a module can be pruned and trained for this problem.
 
@@ -167,7 +185,7 @@ def check_module(
     trainable parameters, and to give finite outputs on Gaussian inputs: with its own weights if
     ``pretrained``, else with redrawn ones. Lazy layers have their shapes afterwards; nothing else changes.
     """
-    inputs = torch.randn(2, *sample_shape, generator=torch.Generator().manual_seed(0))
+    inputs = draw_inputs(2, sample_shape, generator=torch.Generator().manual_seed(0), moments=moments)
     training = module.training
     try:
         module.eval()(inputs)

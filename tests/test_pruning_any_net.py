@@ -15,10 +15,12 @@ from profiles.errors import ModelError
 from pruning.export import export_graph
 from pruning.gates import choose_units
 from pruning.masked import mask_module, write_masked
+from pruning.models import moments as moments_of
 from pruning.modules import Coupling, declare_structure, trace_structure
 from pruning.plan import Allowance
 from pruning.prune import write_pruned
 from pruning.prune_module import prune_module
+from pruning.saliency import make_probe, ntk_sap
 from pruning.shrink import masked_module, narrow_module
 
 needs_tracing = pytest.mark.skipif(
@@ -502,6 +504,36 @@ def test_masks_of_any_net(make, tmp_path):
     found = Forward(bundle, bundle.replica().weights).logits(x.numpy())
     assert np.abs(found - expected).max() < 1e-5 * max(1, np.abs(expected).max())
     assert bundle.cost["forward_flops"] == bundle.pruning["forward_flops_dense"]
+
+
+class Pixels(nn.Module):
+    """Standardises pixels of 0 to 255 itself."""
+
+    def __init__(self, offset=120.0, scale=60.0):
+        super().__init__()
+        self.offset, self.scale = offset, scale
+        self.inner, self.more, self.head = nn.Linear(9, 24), nn.Linear(24, 16), nn.Linear(16, 7)
+
+    def forward(self, x):
+        """Classify rows."""
+        x = functional.relu(self.inner((x - self.offset) / self.scale))
+        return self.head(functional.relu(self.more(x)))
+
+
+def test_a_net_is_looked_at_with_inputs_like_its_data():
+    """Scores of a net that standardises raw values equal those of the net behind it on standard inputs."""
+    moments = (np.full(9, 120.0, np.float32), np.full(9, 60.0, np.float32))
+    probes = [
+        make_probe(Pixels(), sample_shape=(9,), moments=moments),
+        make_probe(Pixels(0.0, 1.0), sample_shape=(9,)),
+        make_probe(Pixels(), sample_shape=(9,)),
+    ]
+    raw, standard, blind = (ntk_sap(probe, probe.masks())["more.weight"] for probe in probes)
+    assert torch.allclose(raw, standard, rtol=1e-3)
+    assert not torch.allclose(blind, standard, rtol=0.1)
+    mean, deviation = moments_of(np.random.default_rng(0).normal(50, 20, (4000, 3, 2, 2)).astype(np.float32))
+    assert mean == pytest.approx([50] * 3, abs=1)
+    assert deviation == pytest.approx([20] * 3, abs=1)
 
 
 @needs_tracing
