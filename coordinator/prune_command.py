@@ -28,7 +28,7 @@ from profiles.device import load_profile
 from profiles.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
-    from pruning.prune import Allowance
+    from pruning.plan import Allowance
 
 __all__ = ["PruneRequest", "prune_to_bundle"]
 
@@ -52,7 +52,7 @@ class PruneRequest:
         macs: Multiply-accumulates that a forward of one sample may take.
         fit: A profile whose memory the training may use.
         batch_size: Samples of a forward pass, for ``fit`` and the picture.
-        method: One of :data:`pruning.prune.METHODS`, or ``autoflip``; what trained best if None: ``uniform``
+        method: One of :data:`pruning.plan.METHODS`, or ``autoflip``; what trained best if None: ``uniform``
             for narrower layers, ``ntk`` for masks.
         explored: For ``autoflip``, the folder of a run in which the agents explored.
         mode: ``structured`` or ``mask``.
@@ -125,6 +125,11 @@ def _check(request: PruneRequest) -> None:
     if len(given) > 1:
         raise ConfigError(
             f"--{' and --'.join(given)} say how small in {len(given)} ways", hint="Give one of them."
+        )
+    if given and request.method == "none":
+        raise ConfigError(
+            f"--method none leaves the net as it is, --{given[0]} asks for less",
+            hint="Leave one of them out.",
         )
     for name in ("params", "macs"):
         amount = getattr(request, name)
@@ -217,7 +222,7 @@ def _problem(request: PruneRequest) -> _Problem:
 
 def _allowance(request: PruneRequest, problem: _Problem, allowed_mib: float | None) -> "Allowance | None":
     from pruning.fit import fit_memory
-    from pruning.prune import Allowance
+    from pruning.plan import Allowance
 
     for unit, amount in (("params", request.params), ("macs", request.macs)):
         if amount is not None:
@@ -236,7 +241,7 @@ def _allowance(request: PruneRequest, problem: _Problem, allowed_mib: float | No
 def _write_narrow(
     request: PruneRequest, problem: _Problem, allowed_mib: float | None, folder: Path, observer: Observer
 ) -> Bundle:
-    from pruning.models import standardisation
+    from pruning.models import moments, standardisation
     from pruning.prune import prune_model, write_pruned
     from pruning.prune_module import load_module, prune_module
 
@@ -255,6 +260,7 @@ def _write_narrow(
             draws=request.draws,
             seed=request.seed,
             labelled=_labelled(problem),
+            moments=None if problem.inputs is None else moments(problem.inputs),
             allowed_mib=allowed_mib,
             batch_size=request.batch_size,
             progress=observer.pruning,
@@ -309,7 +315,7 @@ def _write_mask(
     request: PruneRequest, problem: _Problem, allowed_mib: float | None, folder: Path, observer: Observer
 ) -> Bundle:
     from pruning.masked import mask_model, mask_module, write_masked
-    from pruning.models import standardisation
+    from pruning.models import moments, standardisation
     from pruning.prune_module import load_module
 
     asked: dict[str, Any] = {
@@ -324,7 +330,8 @@ def _write_mask(
     }
     if ":" in request.model:
         module = load_module(request.model, seed=request.seed)
-        masked = mask_module(module, name=request.model.rpartition(":")[2], **asked)
+        taken = None if problem.inputs is None else moments(problem.inputs)
+        masked = mask_module(module, name=request.model.rpartition(":")[2], moments=taken, **asked)
     else:
         standardise = None if problem.inputs is None else standardisation(problem.inputs)
         masked = mask_model(request.model, standardise=standardise, **asked)

@@ -197,7 +197,7 @@ def make_bundle(experiment: Experiment, folder: Path, train: Samples, observer: 
         ConfigError: The method needs what the graph cannot tell.
         ModelError: The density cannot be reached, or the net cannot be exported.
     """
-    from pruning.models import choose_model, standardisation
+    from pruning.models import choose_model, moments, standardisation
     from pruning.nested import write_family
     from pruning.prune import prune_model, write_pruned
     from pruning.prune_module import load_module, prune_module
@@ -229,7 +229,7 @@ def make_bundle(experiment: Experiment, folder: Path, train: Samples, observer: 
     }
     if own:
         module = load_module(model, seed=experiment.seed)
-        pruned = prune_module(module, name=model.rpartition(":")[2], **asked)
+        pruned = prune_module(module, name=model.rpartition(":")[2], moments=moments(inputs), **asked)
     else:
         pruned = prune_model(model, **asked, **shared)
     observer.line(

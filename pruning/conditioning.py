@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pruning.structure import Structure
-from pruning.weights import derive_seed, initialise
+from pruning.weights import Moments, derive_seed, draw_inputs, initialise
 
 __all__ = ["evenness", "kernel_spectrum", "seek_widths"]
 
@@ -57,6 +57,7 @@ def evenness(
     draws: int = 4,
     inputs: int = 8,
     seed: int = 0,
+    moments: Moments | None = None,
 ) -> float:
     """Return the mean of log(geometric mean / arithmetic mean) of the kernel's eigenvalues, at most 0.
 
@@ -67,13 +68,16 @@ def evenness(
         draws: Weights and inputs that are drawn, the same for all widths where shapes agree.
         inputs: Gaussian inputs of each draw.
         seed: Names the draws.
+        moments: Mean and deviation of the inputs; 0 and 1 if None.
     """
     net = build(widths).eval()
     found = []
     for draw in range(draws):
         initialise(net, seed=derive_seed("kernel weights", seed, draw))
         generator = torch.Generator().manual_seed(derive_seed("kernel inputs", seed, draw))
-        spectrum = kernel_spectrum(net, torch.randn(inputs, *sample_shape, generator=generator))
+        spectrum = kernel_spectrum(
+            net, draw_inputs(inputs, sample_shape, generator=generator, moments=moments)
+        )
         found.append(float(spectrum.clamp_min(1e-9).log().mean()))
     return math.fsum(found) / draws
 

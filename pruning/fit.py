@@ -12,7 +12,7 @@ from profiles.budget import predict_peak_mib
 from profiles.cost import graph_cost
 from pruning.export import export_graph
 from pruning.models import build_model, choose_model, model_structure
-from pruning.prune import Allowance
+from pruning.plan import Allowance
 from pruning.structure import Structure
 
 __all__ = ["fit_memory", "fit_structure"]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.forward import open_session
+from edge_agent.session import open_session
 
 if TYPE_CHECKING:
     import onnx

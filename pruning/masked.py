@@ -25,10 +25,11 @@ from pruning.baselines import ALL_SCORES
 from pruning.export import Exported, export_graph, write_exported
 from pruning.masks import Masks, densities_of
 from pruning.models import build_model, choose_model
-from pruning.prune import find_masks, standardised
+from pruning.plan import find_masks
+from pruning.prune import standardised
 from pruning.prune_module import check_module
 from pruning.saliency import Probe, make_probe
-from pruning.weights import initialise
+from pruning.weights import Moments, initialise
 
 if TYPE_CHECKING:
     import onnx
@@ -156,6 +157,7 @@ def mask_module(
     seed: int = 0,
     rescale: bool = True,
     labelled: tuple[NDArray[np.float32], NDArray[np.int64]] | None = None,
+    moments: Moments | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Masked:
     """Return a torch module of one's own, with fresh weights, of which ``density`` stay trainable.
@@ -172,19 +174,20 @@ def mask_module(
         seed: Names the draws and the fresh weights.
         rescale: See :func:`mask_model`.
         labelled: Inputs as the module takes them and labels, for ``snip`` and ``grasp``.
+        moments: Mean and deviation of the values that the module takes; 0 and 1 if None.
         progress: Called with the cuts done and all cuts.
 
     Raises:
         ModelError: As :func:`mask_model` and :func:`pruning.prune_module.check_module` do.
     """
     _check(method, density)
-    check_module(module, sample_shape=sample_shape, classes=classes, name=name)
+    check_module(module, sample_shape=sample_shape, classes=classes, name=name, moments=moments)
     net = copy.deepcopy(module).eval()
     initialise(net, seed=seed)
     known = None if labelled is None else standardised(labelled, None, classes)
     return _mask_net(
         net,
-        make_probe(net, sample_shape=sample_shape, draws=draws, seed=seed, labelled=known),
+        make_probe(net, sample_shape=sample_shape, draws=draws, seed=seed, labelled=known, moments=moments),
         classes=classes,
         name=name,
         method=method,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from profiles.errors import ModelError
 from pruning.structure import Structure, WidthGroup, infer_structure
-from pruning.weights import initialise
+from pruning.weights import Moments, initialise
 
 __all__ = [
     "MODELS",
@@ -28,6 +28,7 @@ __all__ = [
     "build_model",
     "choose_model",
     "model_structure",
+    "moments",
     "standardisation",
 ]
 
@@ -349,6 +350,12 @@ def standardisation(samples: NDArray[np.float32]) -> tuple[NDArray[np.float32], 
     deviation = np.maximum(samples.std(axis=axes, dtype=np.float64), reach / 10)
     scale = np.divide(1.0, deviation, out=np.zeros_like(deviation), where=deviation > 0)
     return offset.astype(np.float32), scale.astype(np.float32)
+
+
+def moments(samples: NDArray[np.float32]) -> Moments:
+    """Return mean and deviation of each feature or channel of ``samples``; the deviation as above."""
+    offset, scale = standardisation(samples)
+    return offset, np.divide(1.0, scale, out=np.zeros_like(scale), where=scale > 0)
 
 
 def _norm_groups(dense: int) -> int:

@@ -3,10 +3,10 @@
 Knows layers by their torch types and Torch-Pruning's dependency graph (the extra `prune`). Does not know
 which units are worth keeping, nor how tensors are cut.
 
-Tracing follows linear layers, convolutions (transposed and split ones too), norms and PReLU through
-additions and flattening. A group that meets anything else (a concatenation, a bare parameter, an unknown
-layer), or that cannot shrink without changing what the net computes, is left whole and named, never guessed.
-FFN neurons and attention heads are declared by a :class:`Coupling`.
+Tracing follows linear layers, convolutions (transposed and split ones too), embeddings, norms and PReLU
+through additions and flattening. A group that meets anything else (a concatenation, a bare parameter, an
+unknown layer), or that cannot shrink without changing what the net computes, is left whole and named, never
+guessed. Attention heads are declared by a :class:`Coupling`.
 """
 
 import math
@@ -36,7 +36,7 @@ from pruning.structure import (
 __all__ = ["Coupling", "Traced", "declare_structure", "trace_structure"]
 
 _NORMS = (nn.GroupNorm, nn.LayerNorm, nn.modules.batchnorm._NormBase)
-_FOLLOWERS = (*_NORMS, nn.PReLU)
+_FOLLOWERS = (*_NORMS, nn.PReLU, nn.Embedding)
 
 
 @dataclass(frozen=True)
@@ -244,19 +244,28 @@ def _mark_conflicts(module: nn.Module, found: list[_Found]) -> None:
 
 
 def _try_groups(module: nn.Module, structure: Structure, sample_shape: tuple[int, ...]) -> dict[str, str]:
-    """Take a unit of each group out of a trial copy; return the groups where that goes wrong, and how."""
-    untrue = {}
+    """Take a unit of each group out of a trial copy; return the groups where that goes wrong, and how.
+
+    All at once first: only where that goes wrong it is one group after the other.
+    """
     trial = trial_copy(module, sample_shape=sample_shape)
+    keep = {}
     for group in structure.groups:
         part = group.width // group.multiple
         units = [unit for unit in range(group.width) if unit % part != part // 2]
-        if len(units) < group.minimum:
-            continue
-        try:
-            narrow_module(trial, structure, {group.name: units}, sample_shape=sample_shape)
-        except ModelError as error:
-            untrue[group.name] = str(error)
-    return untrue
+        if len(units) >= group.minimum:
+            keep[group.name] = units
+    try:
+        narrow_module(trial, structure, keep, sample_shape=sample_shape)
+    except ModelError:
+        untrue = {}
+        for name, units in keep.items():
+            try:
+                narrow_module(trial, structure, {name: units}, sample_shape=sample_shape)
+            except ModelError as error:
+                untrue[name] = str(error)
+        return untrue
+    return {}
 
 
 def _norm_rule(layers: Iterable[nn.Module], units: int) -> tuple[int, int]:
@@ -333,6 +342,8 @@ def _assemble(
 
 def _place(layer: nn.Module, leaf: str, axis: int) -> int | None:
     """Return along which axis a layer's tensor follows what it makes (0) or reads (1), or None."""
+    if isinstance(layer, nn.Embedding):
+        return 1 if axis == 0 else None  # rows are tokens
     if leaf != "weight" or not isinstance(layer, WEIGHTED):
         return 0 if axis == 0 else None  # a bias does not follow the inputs
     if _is_split(layer):

@@ -1,12 +1,15 @@
-"""Pruning a torch module of one's own: as :func:`pruning.prune.prune_model`, without a known family.
+"""Pruning a torch module of one's own, which is told by no family's name.
 
 Knows how a module is loaded from a Python file and how its units are chosen. Does not know data or boards.
 """
 
+import contextlib
 import copy
 import importlib.util
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import cast
 
 import numpy as np
@@ -18,11 +21,12 @@ from profiles.errors import ModelError
 from pruning.fit import fit_structure
 from pruning.gates import choose_units
 from pruning.modules import Coupling, declare_structure, trace_structure
-from pruning.prune import Allowance, Pruned, check_method, describe_pruned, plan_widths, standardised
+from pruning.plan import Allowance, check_method, plan_widths
+from pruning.prune import Pruned, describe_pruned, standardised
 from pruning.saliency import make_probe
 from pruning.shrink import narrow_module
 from pruning.structure import Axis, Structure
-from pruning.weights import derive_seed, initialise
+from pruning.weights import Moments, derive_seed, draw_inputs, initialise
 
 __all__ = ["check_module", "load_module", "prune_module", "unit_magnitudes"]
 
@@ -45,6 +49,7 @@ def prune_module(
     seed: int = 0,
     pretrained: bool = False,
     labelled: tuple[NDArray[np.float32], NDArray[np.int64]] | None = None,
+    moments: Moments | None = None,
     allowed_mib: float | None = None,
     batch_size: int = 32,
     progress: Callable[[int, int], None] | None = None,
@@ -69,6 +74,7 @@ def prune_module(
         seed: Names all draws and the fresh weights.
         pretrained: Keep the weights, of the units with the largest magnitude. If False, draw them anew.
         labelled: Inputs as the module takes them and labels, for ``snip`` and ``grasp``.
+        moments: Mean and deviation of the values that the module takes; 0 and 1 if None.
         allowed_mib: In the place of ``allowance``, the predicted peak memory that training may reach, in MiB.
         batch_size: Samples of one forward pass, for ``allowed_mib``.
         progress: Called with the cuts done and all cuts.
@@ -78,7 +84,14 @@ def prune_module(
     """
     check_method(method)
     module = copy.deepcopy(module).eval()
-    check_module(module, sample_shape=sample_shape, classes=classes, name=name, pretrained=pretrained)
+    check_module(
+        module,
+        sample_shape=sample_shape,
+        classes=classes,
+        name=name,
+        pretrained=pretrained,
+        moments=moments,
+    )
     left_whole: dict[str, str] = {}
     if structure is None and hasattr(module, "couplings"):
         couplings = cast("Sequence[Coupling]", module.couplings)
@@ -113,7 +126,9 @@ def prune_module(
     try:
         widths, densities = plan_widths(
             structure,
-            lambda: make_probe(module, sample_shape=sample_shape, draws=draws, seed=seed, labelled=known),
+            lambda: make_probe(
+                module, sample_shape=sample_shape, draws=draws, seed=seed, labelled=known, moments=moments
+            ),
             narrowed,
             sample_shape=sample_shape,
             draws=draws,
@@ -123,6 +138,7 @@ def prune_module(
             allowance=allowance,
             steps=schedule_steps,
             seed=seed,
+            moments=moments,
             progress=progress,
         )
     except ModelError as error:
@@ -130,6 +146,11 @@ def prune_module(
             raise
         kept = "; ".join(f"{layer}: {reason}" for layer, reason in left_whole.items())
         raise ModelError(f"{error}. These keep their width: {kept}", hint=error.hint) from error
+    except RuntimeError as error:  # torch's, about a module that it cannot differentiate
+        raise ModelError(
+            f"{name} cannot be looked at by {method}: {str(error).splitlines()[0]}",
+            hint="Replace operations in place, or use --method uniform.",
+        ) from error
     narrow = narrowed(widths)
     if not pretrained:
         initialise(narrow, seed=seed)
@@ -150,24 +171,35 @@ def prune_module(
 
 
 def check_module(
-    module: nn.Module, *, sample_shape: tuple[int, ...], classes: int, name: str, pretrained: bool = False
+    module: nn.Module,
+    *,
+    sample_shape: tuple[int, ...],
+    classes: int,
+    name: str,
+    pretrained: bool = False,
+    moments: Moments | None = None,
 ) -> None:
     """Raise ModelError unless a module can be pruned and trained for this problem.
 
-    It has to turn (n, *sample_shape) into (n, classes), use all its trainable parameters, and give finite
-    outputs on Gaussian inputs: with its own weights if ``pretrained``, else with redrawn ones.
+    It has to turn (n, *sample_shape) into (n, classes), in float32 and the same each time, to use all its
+    trainable parameters, and to give finite outputs on Gaussian inputs: with its own weights if
+    ``pretrained``, else with redrawn ones. Lazy layers have their shapes afterwards; nothing else changes.
     """
-    trial = copy.deepcopy(module).eval()
-    if not pretrained:
-        initialise(trial, seed=0)
-    inputs = torch.randn(2, *sample_shape, generator=torch.Generator().manual_seed(0))
+    inputs = draw_inputs(2, sample_shape, generator=torch.Generator().manual_seed(0), moments=moments)
+    training = module.training
     try:
-        outputs = trial(inputs)
+        module.eval()(inputs)
+        trial = copy.deepcopy(module)
+        if not pretrained:
+            initialise(trial, seed=0)
+        outputs, again = trial(inputs), trial(inputs)
     except Exception as error:  # whatever the user's code raises
         raise ModelError(
             f"{name} cannot take samples of the shape {sample_shape}: {type(error).__name__}: {error}",
             hint="Give the shape that the module is made for.",
         ) from error
+    finally:
+        module.train(training)
     found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
     if found != (2, classes):
         raise ModelError(
@@ -180,11 +212,26 @@ def check_module(
             f"{'its own' if pretrained else 'redrawn'} weights",
             hint="Add a norm after the layers whose output grows, or draw smaller weights.",
         )
+    if not torch.equal(outputs, again):
+        raise ModelError(
+            f"{name} gives other outputs for the same inputs",
+            hint="Let it draw nothing at random in evaluation: use nn.Dropout, not functional.dropout.",
+        )
+    wide = [key for key, p in trial.named_parameters() if p.dtype != torch.float32]
+    if wide:
+        raise ModelError(
+            f"{name} has parameters that are not float32: {', '.join(wide)}", hint="Use .float()."
+        )
     trained = {key: p for key, p in trial.named_parameters() if p.requires_grad}
     if not trained:
         raise ModelError(f"{name} has no parameters to train", hint="Give a module with a linear layer.")
     if outputs.requires_grad:
-        gradients = torch.autograd.grad(outputs.sum(), [*trained.values()], allow_unused=True)
+        try:
+            gradients = torch.autograd.grad(outputs.sum(), [*trained.values()], allow_unused=True)
+        except (
+            RuntimeError
+        ):  # operations in place: whoever needs derivatives says so, and the export looks again
+            return
         trained = {key: p for (key, p), g in zip(trained.items(), gradients, strict=True) if g is None}
     if trained:
         raise ModelError(
@@ -224,17 +271,38 @@ def load_module(reference: str, *, seed: int = 0) -> nn.Module:
     file, _, function = reference.rpartition(":")
     if not file or not Path(file).is_file():
         raise ModelError(f"{file or reference!r} is no Python file", hint="Write FILE.py:FUNCTION.")
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    if spec is None or spec.loader is None:
-        raise ModelError(f"{file} is no Python file", hint="Write FILE.py:FUNCTION.")
-    source = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(source)
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), contextlib.redirect_stdout(sys.stderr):
             torch.manual_seed(derive_seed("module", seed))
-            made = getattr(source, function)()
-    except Exception as error:  # whatever the user's code raises
-        raise ModelError(f"{reference} failed: {type(error).__name__}: {error}") from error
+            made = getattr(_run_file(Path(file)), function)()
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
+        raise ModelError(
+            f"{reference} failed: {type(error).__name__}: {error}",
+            hint="Call the function in a Python shell to see where it fails; it takes no arguments.",
+        ) from error
     if not isinstance(made, nn.Module):
-        raise ModelError(f"{reference} returned {type(made).__name__}, expected a torch module")
+        raise ModelError(
+            f"{reference} returned {type(made).__name__}, expected a torch module",
+            hint="Name a function without arguments, or a class.",
+        )
     return made
+
+
+def _run_file(file: Path) -> ModuleType:
+    """Run a Python file, which may import its neighbours, as a module that dataclasses can find."""
+    name = f"scalarfed net {file.resolve()}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{file} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    folder = str(file.resolve().parent)
+    sys.modules[name] = module
+    sys.path.append(folder)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    finally:
+        sys.path.remove(folder)
+    return module

@@ -18,7 +18,7 @@ from profiles.errors import ModelError
 from pruning.masks import Masks
 from pruning.structure import WEIGHTED, Axis, Structure
 from pruning.threads import one_thread
-from pruning.weights import derive_seed, fresh_weights
+from pruning.weights import Moments, derive_seed, draw_inputs, fresh_weights
 
 __all__ = [
     "SCORES",
@@ -50,6 +50,7 @@ class Probe:
         epsilon: Standard deviation of the weights' perturbation in NTK-SAP.
         seed: Names all draws.
         labelled: Inputs and labels, for the scores that look at data.
+        moments: Mean and deviation of the Gaussian inputs; 0 and 1 if None.
     """
 
     module: nn.Module
@@ -61,6 +62,7 @@ class Probe:
     epsilon: float = 0.01
     seed: int = 0
     labelled: tuple[Tensor, Tensor] | None = None
+    moments: Moments | None = None
 
     def masks(self) -> Masks:
         """Return masks that keep everything."""
@@ -82,18 +84,20 @@ def make_probe(
     epsilon: float = 0.01,
     seed: int = 0,
     labelled: tuple[Tensor, Tensor] | None = None,
+    moments: Moments | None = None,
 ) -> Probe:
     """Return a probe of all weights of linear layers and convolutions.
 
     Args:
         module: Any net whose output is (n, classes).
-        sample_shape: Shape of one input, which should be of mean 0 and deviation 1.
+        sample_shape: Shape of one input.
         keep_output: Never prune the last layer. (The reference implementation of NTK-SAP prunes it.)
         draws: Draws per step, at least 1.
         batch: Inputs per draw, at least 1.
         epsilon: See :class:`Probe`.
         seed: See :class:`Probe`.
         labelled: See :class:`Probe`; as the net takes them, hence standardised where ``module`` is not.
+        moments: See :class:`Probe`; None for a net whose inputs are standardised.
 
     Raises:
         ModelError: The net holds nothing that could be pruned.
@@ -116,7 +120,7 @@ def make_probe(
             hint="Give a net with at least one linear layer or convolution before its output.",
         )
     kept = tuple(name for name in weights if name not in prunable)
-    return Probe(module, prunable, kept, tuple(sample_shape), draws, batch, epsilon, seed, labelled)
+    return Probe(module, prunable, kept, tuple(sample_shape), draws, batch, epsilon, seed, labelled, moments)
 
 
 def output_layer(module: nn.Module, *, sample_shape: tuple[int, ...]) -> str | None:
@@ -182,7 +186,7 @@ def ntk_draw(
     """
     seed = derive_seed("ntk", probe.seed, step, draw)
     generator = torch.Generator().manual_seed(seed)
-    inputs = torch.randn(probe.batch, *probe.sample_shape, generator=generator)
+    inputs = draw_inputs(probe.batch, probe.sample_shape, generator=generator, moments=probe.moments)
     theta = fresh_weights(probe.module, seed=derive_seed(seed, "weights"))
     shift = {
         name: probe.epsilon * torch.randn(theta[name].shape, generator=generator)

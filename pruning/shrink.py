@@ -168,6 +168,8 @@ def _resize(layer: nn.Module, weight: Tensor, first: Axis | int, keep: Mapping[s
         layer.num_channels = len(weight)
     elif isinstance(layer, nn.LayerNorm):
         layer.normalized_shape = tuple(weight.shape)
+    elif isinstance(layer, nn.Embedding):
+        layer.embedding_dim = weight.shape[1]
     elif isinstance(layer, nn.PReLU):
         layer.num_parameters = len(weight)
     elif isinstance(layer, nn.modules.batchnorm._NormBase):

@@ -1,4 +1,4 @@
-"""Fresh weights for any torch module, named by a seed.
+"""Fresh weights and inputs for any torch module, named by a seed.
 
 Knows how a layer's weights are drawn before training. Does not know the nets, and touches neither torch's
 global generator nor the module it draws for, except in :func:`initialise`.
@@ -8,12 +8,17 @@ import copy
 import hashlib
 import math
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pruning.structure import WEIGHTED
 
-__all__ = ["derive_seed", "fresh_weights", "initialise"]
+__all__ = ["Moments", "derive_seed", "draw_inputs", "fresh_weights", "initialise"]
+
+Moments = tuple[NDArray[np.float32], NDArray[np.float32]]
+"""Mean and deviation of a net's inputs, one value per feature or channel."""
 
 
 def derive_seed(*names: int | str) -> int:
@@ -23,6 +28,19 @@ def derive_seed(*names: int | str) -> int:
     """
     text = b"".join(len(part).to_bytes(4, "little") + part for part in (str(n).encode() for n in names))
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+
+
+def draw_inputs(
+    count: int, sample_shape: tuple[int, ...], *, generator: torch.Generator, moments: Moments | None = None
+) -> Tensor:
+    """Return normal inputs (count, *sample_shape), of mean 0 and deviation 1 without ``moments``."""
+    inputs = torch.randn(count, *sample_shape, generator=generator)
+    if moments is None:
+        return inputs
+    mean, deviation = (
+        torch.from_numpy(value).reshape(-1, *(1,) * (len(sample_shape) - 1)) for value in moments
+    )
+    return inputs * deviation + mean
 
 
 def fresh_weights(module: nn.Module, *, seed: int) -> dict[str, Tensor]:

@@ -235,7 +235,7 @@ def test_experiment_is_a_value(write):
 def test_names_in_the_file_are_those_of_the_pruning_floor(write):
     """Every net and every pruning method that exists can be asked for, and no other."""
     from pruning.models import MODELS
-    from pruning.prune import METHODS as WAYS
+    from pruning.plan import METHODS as WAYS
 
     said = faults_of(write(SMALL), "model.name=?", "pruning.method=?")
 

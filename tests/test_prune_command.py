@@ -1,6 +1,7 @@
 """Tests of ``scalarfed prune``, coordinator.prune_command, coordinator.prune_picture and pruning.fit."""
 
 import json
+import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -33,6 +34,8 @@ def number():
     return 7
 def broken():
     raise RuntimeError("no weights here")
+def leaves():
+    raise SystemExit(3)
 """
 
 
@@ -134,9 +137,40 @@ def test_pretrained_units_are_the_largest(nets):
     assert (pruned.module[0].weight == net[0].weight[[1, 4, 7]]).all()
 
 
+def test_a_file_is_run_as_python_would(tmp_path, capsys):
+    """It may hold dataclasses, import its neighbours and print; nothing of that reaches stdout or stays."""
+    pytest.importorskip("torch_pruning", reason="the extra `prune` is not installed")
+    (tmp_path / "neighbour_of_nets.py").write_text("WIDTH = 12\n")
+    (tmp_path / "json.py").write_text(
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n"
+        "from neighbour_of_nets import WIDTH\n"
+        "from torch import nn\n"
+        "@dataclass\n"
+        "class Sizes:\n"
+        "    width: int = WIDTH\n"
+        "def net():\n"
+        "    print('a word')\n"
+        "    return nn.Sequential(nn.Linear(6, Sizes().width), nn.ReLU(), nn.Linear(Sizes().width, 3))\n"
+    )
+    before = list(sys.path)
+    words = ["prune", f"{tmp_path / 'json.py'}:net", "--shape", "6", "--classes", "3", "--json"]
+    assert main([*words, "-o", str(tmp_path / "b")]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["widths_dense"] == {"0": 12}
+    assert "a word" in said.err
+    assert sys.path == before
+    assert sys.modules["json"] is json
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
-    [("number", "returned int"), ("broken", "no weights here"), ("lost", "AttributeError")],
+    [
+        ("leaves", "SystemExit"),
+        ("number", "returned int"),
+        ("broken", "no weights here"),
+        ("lost", "AttributeError"),
+    ],
 )
 def test_bad_modules_are_refused(nets, function, message):
     """A function that fails or returns no module is named."""
@@ -160,6 +194,7 @@ def test_bad_modules_are_refused(nets, function, message):
             3,
             "saves neither",
         ),
+        (["mlp", "--shape", "8", "--classes", "3", "--method", "none", "--params", "99"], 3, "asks for less"),
         (["mlp", "--shape", "8", "--classes", "3", "--method", "autoflip"], 3, "do not go together"),
         (["mlp", "--shape", "8", "--classes", "3", "--explored", "runs"], 3, "do not go together"),
         (["vgg", "--shape", "1x8x8", "--classes", "3"], 5, "'vgg' is unknown"),

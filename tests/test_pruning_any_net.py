@@ -1,6 +1,7 @@
 """Tests of pruning.modules and pruning.prune_module on nets of many kinds: traced, narrowed, exported."""
 
 import copy
+import importlib.util
 
 import numpy as np
 import pytest
@@ -14,13 +15,17 @@ from profiles.errors import ModelError
 from pruning.export import export_graph
 from pruning.gates import choose_units
 from pruning.masked import mask_module, write_masked
+from pruning.models import moments as moments_of
 from pruning.modules import Coupling, declare_structure, trace_structure
-from pruning.prune import Allowance, write_pruned
+from pruning.plan import Allowance
+from pruning.prune import write_pruned
 from pruning.prune_module import prune_module
+from pruning.saliency import make_probe, ntk_sap
 from pruning.shrink import masked_module, narrow_module
 
-pytest.importorskip("torch_pruning", reason="the extra `prune` is not installed")
-
+needs_tracing = pytest.mark.skipif(
+    importlib.util.find_spec("torch_pruning") is None, reason="the extra `prune` is not installed"
+)
 IMAGE = (3, 8, 8)
 
 
@@ -180,6 +185,7 @@ def gap(one, two, shape):
     return float((a - b).abs().max()) / max(1.0, float(b.abs().max()))
 
 
+@needs_tracing
 @pytest.mark.parametrize("name", NETS)
 def test_every_width_is_followed_and_cut_exactly(name):
     """All layers but the last are followed; half of the units leave what the masked net computes."""
@@ -188,10 +194,7 @@ def test_every_width_is_followed_and_cut_exactly(name):
     net = shaken(make())
     traced = trace_structure(net, sample_shape=shape)
     structure = traced.structure
-    if name == "embedding":  # its width is the embedding's, which is not followed
-        assert list(traced.left_whole) == ["down"]
-    else:
-        assert traced.left_whole == {}
+    assert traced.left_whole == {}
     keep = half(structure)
     assert all(len(units) < structure.dense[group] for group, units in keep.items())
     narrow = narrow_module(net, structure, keep, sample_shape=shape)
@@ -219,6 +222,7 @@ class ChannelsLast(nn.Module):
         return self.head(functional.relu(self.inner(x)))
 
 
+@needs_tracing
 @pytest.mark.parametrize("gain", [1.0, 0.0])
 def test_what_shrinks_wrongly_is_left_whole_by_name(gain):
     """A group that cannot shrink keeps its width and the rest shrinks; a norm that is zero hides nothing."""
@@ -244,6 +248,7 @@ class Tied(nn.Module):
         return self.head(functional.relu(self.inner(x)))
 
 
+@needs_tracing
 def test_tied_weights_stay_tied():
     """Layers that share a weight keep their width and go on sharing it in the narrow net."""
     net = shaken(Tied())
@@ -339,6 +344,7 @@ def test_a_module_declares_its_heads(method, tmp_path):
     assert np.abs(Forward(bundle, bundle.replica().weights).logits(x.numpy()) - expected).max() < 1e-4
 
 
+@needs_tracing
 def test_bare_parameters_and_attention_are_no_obstacle():
     """The FFN's neurons of a block with bare parameters shrink; the parameters keep their values."""
     net = Positions()
@@ -374,6 +380,53 @@ class Idle(nn.Module):
         return self.head(functional.relu(self.inner(x)))
 
 
+class Cast(nn.Module):
+    """Turns its input into float64."""
+
+    def forward(self, x):
+        """Return the same numbers."""
+        return x.double()
+
+
+class Moody(nn.Module):
+    """It draws at random when it is evaluated."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = nn.Linear(9, 24), nn.Linear(24, 7)
+
+    def forward(self, x):
+        """Classify rows."""
+        return self.head(functional.dropout(functional.relu(self.inner(x)), 0.5))
+
+
+class InPlace(nn.Module):
+    """It changes what a derivative would need."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.more, self.head = nn.Linear(9, 24), nn.Linear(24, 24), nn.Linear(24, 7)
+
+    def forward(self, x):
+        """Classify rows."""
+        x = functional.relu(self.inner(x), inplace=True)
+        x += self.more(x)
+        return self.head(x)
+
+
+@needs_tracing
+def test_lazy_layers_and_operations_in_place():
+    """Lazy layers get their shapes; a net that cannot be differentiated is narrowed without derivatives."""
+    lazy = nn.Sequential(nn.LazyLinear(24), nn.ReLU(), nn.LazyLinear(7))
+    pruned = prune_module(lazy, sample_shape=(9,), classes=7, method="ntk", draws=1, schedule_steps=2)
+    assert pruned.widths_dense == {"0": 24}
+    options = {"sample_shape": (9,), "classes": 7, "name": "own"}
+    assert prune_module(InPlace(), **options, method="uniform").params
+    with pytest.raises(ModelError, match=r"own cannot be looked at by ntk: .*inplace") as refused:
+        prune_module(InPlace(), **options, method="ntk")
+    assert "uniform" in refused.value.hint
+
+
 @pytest.mark.parametrize("method", ["uniform", "ntk", "ntk-widths"])
 @pytest.mark.parametrize(
     ("net", "message"),
@@ -381,14 +434,19 @@ class Idle(nn.Module):
         (Explosive(), "bad gives outputs that are not finite under redrawn weights"),
         (Idle(), r"the output of bad does not depend on idle\.weight, idle\.bias"),
         (nn.Flatten(), "bad gives an output of the shape"),
-        (nn.Linear(9, 7), "no layer whose width could change"),
+        (Moody(), "bad gives other outputs for the same inputs"),
+        (
+            nn.Sequential(Cast(), nn.Linear(9, 20).double(), nn.Linear(20, 7).double()),
+            r"not float32: 1\.weight",
+        ),
+        pytest.param(nn.Linear(9, 7), "no layer whose width could change", marks=needs_tracing),
         (nn.Sequential(nn.Linear(8, 20), nn.Linear(20, 7)), r"cannot take samples of the shape \(9,\)"),
         (
             nn.Sequential(nn.Linear(9, 20), nn.Linear(20, 6)),
             r"shape \(2, 6\) for 2 samples, expected \(2, 7\)",
         ),
     ],
-    ids=["explosive", "idle", "flatten", "one layer", "shape", "classes"],
+    ids=["explosive", "idle", "flatten", "moody", "double", "one layer", "shape", "classes"],
 )
 def test_bad_nets_are_refused_before_work(net, message, method):
     """Each gets a message with what is wrong and a hint, whatever the method."""
@@ -397,6 +455,7 @@ def test_bad_nets_are_refused_before_work(net, message, method):
     assert refused.value.hint
 
 
+@needs_tracing
 def test_a_budget_that_is_too_small_names_what_kept_its_width():
     """The message has the minimum, and the layers because of which it is not smaller."""
     allowance = Allowance("macs", 100)
@@ -407,6 +466,7 @@ def test_a_budget_that_is_too_small_names_what_kept_its_width():
     assert "17,927" in refused.value.hint
 
 
+@needs_tracing
 def test_frozen_layers_keep_their_weights(tmp_path):
     """What is not trained keeps its values, in the narrow net and in the masked one, and gets no mask."""
     net = nn.Sequential(nn.Linear(9, 16), nn.ReLU(), nn.Linear(16, 20), nn.ReLU(), nn.Linear(20, 7))
@@ -446,6 +506,37 @@ def test_masks_of_any_net(make, tmp_path):
     assert bundle.cost["forward_flops"] == bundle.pruning["forward_flops_dense"]
 
 
+class Pixels(nn.Module):
+    """Standardises pixels of 0 to 255 itself."""
+
+    def __init__(self, offset=120.0, scale=60.0):
+        super().__init__()
+        self.offset, self.scale = offset, scale
+        self.inner, self.more, self.head = nn.Linear(9, 24), nn.Linear(24, 16), nn.Linear(16, 7)
+
+    def forward(self, x):
+        """Classify rows."""
+        x = functional.relu(self.inner((x - self.offset) / self.scale))
+        return self.head(functional.relu(self.more(x)))
+
+
+def test_a_net_is_looked_at_with_inputs_like_its_data():
+    """Scores of a net that standardises raw values equal those of the net behind it on standard inputs."""
+    moments = (np.full(9, 120.0, np.float32), np.full(9, 60.0, np.float32))
+    probes = [
+        make_probe(Pixels(), sample_shape=(9,), moments=moments),
+        make_probe(Pixels(0.0, 1.0), sample_shape=(9,)),
+        make_probe(Pixels(), sample_shape=(9,)),
+    ]
+    raw, standard, blind = (ntk_sap(probe, probe.masks())["more.weight"] for probe in probes)
+    assert torch.allclose(raw, standard, rtol=1e-3)
+    assert not torch.allclose(blind, standard, rtol=0.1)
+    mean, deviation = moments_of(np.random.default_rng(0).normal(50, 20, (4000, 3, 2, 2)).astype(np.float32))
+    assert mean == pytest.approx([50] * 3, abs=1)
+    assert deviation == pytest.approx([20] * 3, abs=1)
+
+
+@needs_tracing
 def test_the_module_is_left_as_it_is():
     """Pruning changes neither a weight nor the mode of the given module."""
     net = Inverted(nn.BatchNorm2d).train()

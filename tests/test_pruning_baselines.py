@@ -12,7 +12,8 @@ from profiles.errors import ModelError
 from pruning.baselines import ALL_SCORES, grasp, magnitude, snip, synflow
 from pruning.masks import densities_of
 from pruning.models import build_model
-from pruning.prune import METHODS, find_masks, prune_model
+from pruning.plan import METHODS, find_masks
+from pruning.prune import prune_model
 from pruning.saliency import make_probe
 
 SHAPE = (1, 10, 10)

@@ -10,7 +10,8 @@ from torch import nn
 from pruning.conditioning import evenness, kernel_spectrum, seek_widths
 from pruning.models import build_model, model_structure
 from pruning.modules import Coupling, declare_structure
-from pruning.prune import Allowance, prune_model
+from pruning.plan import Allowance
+from pruning.prune import prune_model
 from pruning.prune_module import prune_module
 
 LENET = {"sample_shape": (1, 28, 28), "classes": 10}

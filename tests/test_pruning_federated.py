@@ -11,7 +11,7 @@ from edge_agent.gates import GateScores
 from profiles.errors import EstimateError
 from pruning.federated import federated_masks, local_draws, pack_scores, sum_gate_scores, unpack_scores
 from pruning.models import build_model
-from pruning.prune import find_masks
+from pruning.plan import find_masks
 from pruning.saliency import make_probe
 
 SHAPE = (1, 10, 10)

@@ -15,7 +15,8 @@ from edge_agent.native.kernel import find_kernel
 from profiles.cost import graph_cost
 from pruning.fit import fit_memory
 from pruning.models import model_structure
-from pruning.prune import Allowance, Pruned, prune_model, write_pruned
+from pruning.plan import Allowance
+from pruning.prune import Pruned, prune_model, write_pruned
 
 ROOT = Path(__file__).parent.parent
 SHAPE = (3, 32, 32)
