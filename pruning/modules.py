@@ -132,10 +132,11 @@ def trace_structure(
         ) from None
     last = last_layer(module, sample_shape=sample_shape)
     ignored = [module.get_submodule(path) for path in (*keep, *([] if last is None else [last]))]
+    inputs = torch.randn(2, *sample_shape, generator=torch.Generator().manual_seed(0))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what it does with bare parameters, which we leave whole
-            graph = torch_pruning.DependencyGraph().build_dependency(module, torch.randn(2, *sample_shape))
+            graph = torch_pruning.DependencyGraph().build_dependency(module, inputs)
             candidates = list(graph.get_all_groups(ignored_layers=ignored))
     except Exception as error:  # it raises whatever its tracing meets
         raise ModelError(
