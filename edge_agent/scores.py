@@ -33,6 +33,7 @@ __all__ = ["BoardScores", "main", "measure_scores", "read_scores", "write_scores
 _FORMAT = 1
 _EPSILON = 0.01  # NTK-SAP's
 _SAMPLES = 256
+_REMEDY = "Make it on the board with `python -m edge_agent.scores GATED DATA.npz -o FILE`, and copy it here."
 _TENTHS = 10  # how often a process without a terminal says how far it is
 
 
@@ -129,10 +130,12 @@ def read_scores(path: Path) -> BoardScores:
             raise ValueError(f"{samples} samples, or a score that is not finite")
         found = GateScores(np.array(scores, np.float32), samples, forwards)
         return BoardScores(str(content["gated"]), str(content["model"]), found)
+    except FileNotFoundError:
+        raise DataError(f"there is no file of scores {path}", hint=_REMEDY) from None
     except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise DataError(
             f"{path} holds no gate scores: {type(error).__name__}: {error}",
-            hint="Make it on the board with `python -m edge_agent.scores GATED DATA.npz -o FILE`.",
+            hint=_REMEDY,
         ) from None
 
 
@@ -176,7 +179,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m edge_agent.scores",
         description="Find out what each channel, neuron and head of a pretrained net is worth on the samples "
-        "of this board, with forward passes only. The file holds one number per unit, no sample and no weight.",
+        "of this board, with forward passes only. The file holds one number per unit and no sample.",
         epilog="The coordinator makes GATED with `scalarfed gates MODEL -o GATED`, and narrows the net with "
         "`scalarfed prune MODEL --scores FILE --density 0.5 -o BUNDLE`. Example: "
         "python -m edge_agent.scores gated samples.npz -o pi-1.json",

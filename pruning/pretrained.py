@@ -152,6 +152,6 @@ def _standardisation(bundle: Bundle) -> tuple[NDArray[np.float32], NDArray[np.fl
     import onnx
 
     graph = onnx.load(bundle.graph_path).graph
-    found = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    found = {tensor.name: onnx.numpy_helper.to_array(tensor).copy() for tensor in graph.initializer}
     names = ("net.standardise.offset", "net.standardise.scale")
     return (found[names[0]], found[names[1]]) if found.keys() >= set(names) else None
