@@ -59,7 +59,7 @@ class Task:
         rate: Learning rate that is tried first.
         pool: Images are averaged over squares of this side.
         method: Update rule.
-        exact: Exact scalars of the last layer, where the rule has them.
+        exact: Exact scalars of the last layer, where the rule has them and the layer so many weights.
     """
 
     model: str
@@ -162,6 +162,7 @@ def train(bundle: Bundle, data: Data, test: Data, task: Task, *, rate: float, se
     parts = partition(data.y, 8, split="dirichlet", alpha=1.0, min_samples=task.batch_size, seed=seed)
     rng = np.random.default_rng(seed)
     method = OPTIMIZERS[task.method]
+    exact = min(task.exact, sum(tensor.size for tensor in bundle.tensors if tensor.name in bundle.head))
     for number in range(task.rounds):
         asked = rng.choice(8, 4, replace=False)
         falling = 1 - number / task.rounds
@@ -174,12 +175,12 @@ def train(bundle: Bundle, data: Data, test: Data, task: Task, *, rate: float, se
             epsilon=1e-3,
             learning_rate=rate * falling,
             constants=method.values({"smoothing": 0.9, "head_rate": falling}),
-            exact=task.exact,
+            exact=exact,
         )
 
         def loss_of(_: int, asked: NDArray[np.int64] = asked) -> Callable[[], float]:
             batch = data.pick(np.concatenate([rng.choice(parts[a], task.batch_size) for a in asked]))
-            return lambda: forward.loss(batch.x, batch.y, head=task.exact > 0)
+            return lambda: forward.loss(batch.x, batch.y, head=exact > 0)
 
         try:
             measured = estimate(replica, plan, loss_of, central=True, head_gradient=forward.head_gradient)
