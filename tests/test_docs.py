@@ -33,6 +33,8 @@ OTHER_COMMANDS = {
         "pip",
         "python",
         "python3",
+        "scp",
+        "ssh",
         "sudo",
         "systemctl",
     ),
