@@ -28,6 +28,7 @@ OTHER_COMMANDS = {
         "brew",
         "cd",
         "git",
+        "mkdir",
         "mosquitto",
         "mosquitto_sub",
         "pip",
