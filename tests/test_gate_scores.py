@@ -53,9 +53,10 @@ def trained_further():
 """
 
 
-def images(path, n, seed):
-    """Write an .npz of n images of 8 x 8 in five classes, and return its inputs."""
+def images(path, n, seed, *, lit=8):
+    """Write an .npz of n images of 8 x 8 in five classes, dark but for some columns; return its inputs."""
     x = np.random.default_rng(seed).integers(0, 255, (n, 8, 8)).astype(np.uint8)
+    x[:, :, lit:] = 0
     y = np.arange(n) % 5
     np.savez(path, x_train=x, y_train=y, x_test=x, y_test=y)
     return x
@@ -66,7 +67,7 @@ def place(tmp_path_factory):
     """Return a folder with a net, two boards' data, the union of both, and a gated bundle."""
     folder = tmp_path_factory.mktemp("scores")
     (folder / "nets.py").write_text(NETS, encoding="utf-8")
-    both = np.concatenate([images(folder / "one.npz", 40, 1), images(folder / "two.npz", 100, 2)])
+    both = np.concatenate([images(folder / "one.npz", 40, 1, lit=2), images(folder / "two.npz", 100, 2)])
     np.savez(folder / "both.npz", x_train=both, y_train=np.arange(140) % 5)
     words = ["gates", f"{folder}/nets.py:Own", "--shape", "1x8x8", "--classes", "5", "--draws", "2"]
     assert main([*words, "-o", str(folder / "gated")]) == 0
