@@ -3,13 +3,10 @@
 Knows what the options mean together. Does not know how a net is pruned, nor the command line.
 """
 
-import contextlib
 import dataclasses
 import math
-import os
 import re
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from coordinator.gate_scores import find_pretrained, is_run, sum_scores
+from coordinator.out_folder import all_at_once, check_out
 from coordinator.progress import Observer
 from coordinator.prune_picture import BudgetLine, prune_picture
 from coordinator.scalar_log import ScalarLog
-from edge_agent.bundle import SIGNATURE, Bundle, read_bundle
+from edge_agent.bundle import Bundle, read_bundle
 from edge_agent.data import load_samples, to_inputs
 from edge_agent.optimizer import METHODS
 from profiles.budget import predict_peak_mib
@@ -32,7 +31,7 @@ from profiles.passes import runnable_passes
 if TYPE_CHECKING:
     from pruning.plan import Allowance
 
-__all__ = ["PruneRequest", "prune_to_bundle"]
+__all__ = ["Problem", "PruneRequest", "find_problem", "prune_to_bundle"]
 
 _SHAPE = re.compile(r"[1-9]\d*(x[1-9]\d*)*")
 _LABELLED = 256  # samples that snip and grasp look at
@@ -62,6 +61,7 @@ class PruneRequest:
         mode: ``structured`` or ``mask``.
         draws: Draws of the saliency per step.
         seed: Names the draws and the fresh weights.
+        scores: Files of gate scores, or folders of them; the model is then a pretrained one.
     """
 
     model: str
@@ -81,10 +81,20 @@ class PruneRequest:
     mode: str = "structured"
     draws: int = 5
     seed: int = 0
+    scores: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
-class _Problem:
+class Problem:
+    """What a net is for.
+
+    Attributes:
+        sample_shape: Shape of one input.
+        classes: Number of classes.
+        inputs: Samples as a net takes them; None without a data file.
+        labels: Theirs.
+    """
+
     sample_shape: tuple[int, ...]
     classes: int
     inputs: NDArray[np.float32] | None
@@ -101,14 +111,15 @@ def prune_to_bundle(request: PruneRequest, *, observer: Observer) -> dict[str, A
         ProfileError: There is no such profile.
     """
     if request.method is None:
-        request = dataclasses.replace(request, method="ntk" if request.mode == "mask" else "uniform")
+        default = "gates" if request.scores else "ntk" if request.mode == "mask" else "uniform"
+        request = dataclasses.replace(request, method=default)
     _check(request)
-    problem = _problem(request)
+    problem = find_problem(request.model, data=request.data, shape=request.shape, classes=request.classes)
     profile = load_profile(request.fit) if request.fit else None
     allowed_mib = profile.memory_mib.value if profile else None
     observer.stage(f"pruning {request.model} by {request.method}")
-    write = _write_mask if request.mode == "mask" else _write_narrow
-    with _all_at_once(request.out) as folder:
+    write = _write_scored if request.scores else _write_mask if request.mode == "mask" else _write_narrow
+    with all_at_once(request.out) as folder:
         try:
             bundle = write(request, problem, profile, folder, observer)
         except RuntimeError as error:
@@ -164,74 +175,61 @@ def _check(request: PruneRequest) -> None:
         raise ConfigError(
             f"--trained-by {request.trained_by} is no update rule", hint=f"There are {', '.join(METHODS)}."
         )
-    if request.data is None and (request.shape is None or request.classes is None):
+    if is_run(request.model) and not request.scores:
         raise ConfigError(
-            "the net's input and output are not known", hint="Give --data, or --shape and --classes."
+            f"{request.model} is a run, whose net has learnt: it is narrowed by what its units are worth",
+            hint="Give --scores of the boards, see `scalarfed gates`; or the name of a net to start afresh.",
         )
-    if request.shape is not None and not _SHAPE.fullmatch(request.shape):
-        raise ConfigError(f"--shape {request.shape} is no shape", hint="Write 64 or 1x28x28.")
-    _check_out(request.out)
-
-
-def _check_out(out: Path) -> None:
-    """Raise ConfigError unless a folder can be made and written at ``out``."""
-    found = out.absolute()
-    while not found.exists() and found != found.parent:
-        found = found.parent
-    if not found.is_dir():
-        raise ConfigError(f"--out {out} cannot be made: {found} is a file", hint="Name another folder.")
-    if not os.access(found, os.W_OK | os.X_OK):
+    if request.scores and (request.method != "gates" or request.mode == "mask"):
         raise ConfigError(
-            f"--out {out} cannot be made: {found} may not be written", hint="Name another folder."
+            "--scores choose the widths themselves, and keep whole units",
+            hint="Leave --method and --mode out.",
         )
+    check_out(request.out)
 
 
-@contextlib.contextmanager
-def _all_at_once(out: Path) -> Iterator[Path]:
-    """Yield a folder beside ``out``; when all is written its files go there, and none if anything fails.
+def find_problem(model: str, *, data: Path | None, shape: str | None, classes: int | None) -> Problem:
+    """Return what a net is for: a run's is known, else ``--data``, ``--shape`` and ``--classes`` say it.
 
-    Files of a bundle that was there before are replaced or removed, others are left alone.
+    Raises:
+        ConfigError: They are missing, malformed, or contradict each other.
+        DataError: The data file is missing or malformed.
     """
-    beside = out.absolute().parent / f".{out.absolute().name}.{os.getpid()}"
-    try:
-        yield beside
-        if not out.exists():
-            beside.rename(out)
-            return
-        new = {path.name for path in beside.iterdir()}
-        for path in [*out.glob("graph.*.onnx"), out / SIGNATURE]:  # of the bundle that was there
-            if path.name not in new:
-                path.unlink(missing_ok=True)
-        for name in sorted(new, key=lambda name: name == "manifest.json"):  # the manifest goes last
-            (beside / name).replace(out / name)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-
-
-def _problem(request: PruneRequest) -> _Problem:
-    shape = None if request.shape is None else tuple(int(size) for size in request.shape.split("x"))
-    if request.data is None:
-        if shape is None or request.classes is None:
-            raise ValueError("an unchecked request")
-        return _Problem(shape, request.classes, None, None)
-    samples = load_samples(request.data, "train")
+    if is_run(model):
+        if (data, shape, classes) != (None, None, None):
+            raise ConfigError(
+                f"the run {model} knows its net's input and output",
+                hint="Leave --data, --shape, --classes out.",
+            )
+        bundle = read_bundle(Path(model) / "bundle")
+        return Problem(bundle.sample_shape, bundle.classes, None, None)
+    if shape is not None and not _SHAPE.fullmatch(shape):
+        raise ConfigError(f"--shape {shape} is no shape", hint="Write 64 or 1x28x28.")
+    sizes = None if shape is None else tuple(int(size) for size in shape.split("x"))
+    if data is None:
+        if sizes is None or classes is None:
+            raise ConfigError(
+                "the net's input and output are not known", hint="Give --data, or --shape and --classes."
+            )
+        return Problem(sizes, classes, None, None)
+    samples = load_samples(data, "train")
     inputs = to_inputs(samples.x)
-    if shape is not None and shape != inputs.shape[1:]:
+    if sizes is not None and sizes != inputs.shape[1:]:
         raise ConfigError(
-            f"--shape {request.shape} and the samples of {request.data} differ: they are of the shape "
+            f"--shape {shape} and the samples of {data} differ: they are of the shape "
             f"{'x'.join(map(str, inputs.shape[1:]))}",
             hint="Leave --shape out.",
         )
-    classes = request.classes or int(samples.y.max()) + 1
+    classes = classes or int(samples.y.max()) + 1
     if samples.y.max() >= classes:
         raise ConfigError(
-            f"--classes {classes} and the labels of {request.data} differ: they go up to {samples.y.max()}",
+            f"--classes {classes} and the labels of {data} differ: they go up to {samples.y.max()}",
             hint="Leave --classes out, or count from 0.",
         )
-    return _Problem(inputs.shape[1:], classes, inputs, samples.y)
+    return Problem(inputs.shape[1:], classes, inputs, samples.y)
 
 
-def _allowance(request: PruneRequest, problem: _Problem, profile: Profile | None) -> "Allowance | None":
+def _allowance(request: PruneRequest, problem: Problem, profile: Profile | None) -> "Allowance | None":
     from pruning.fit import fit_memory
     from pruning.models import standardisation
     from pruning.plan import Allowance
@@ -255,7 +253,7 @@ def _allowance(request: PruneRequest, problem: _Problem, profile: Profile | None
 
 
 def _write_narrow(
-    request: PruneRequest, problem: _Problem, profile: Profile | None, folder: Path, observer: Observer
+    request: PruneRequest, problem: Problem, profile: Profile | None, folder: Path, observer: Observer
 ) -> Bundle:
     from pruning.models import moments, standardisation
     from pruning.prune import prune_model, write_pruned
@@ -304,6 +302,29 @@ def _write_narrow(
     return write_pruned(pruned, folder, cost=_cost)
 
 
+def _write_scored(
+    request: PruneRequest, problem: Problem, profile: Profile | None, folder: Path, observer: Observer
+) -> Bundle:
+    from pruning.pretrained import narrow_pretrained
+    from pruning.prune import write_pruned
+
+    net = find_pretrained(
+        request.model, sample_shape=problem.sample_shape, classes=problem.classes, seed=request.seed
+    )
+    total, facts = sum_scores(net, request.scores, draws=request.draws, seed=request.seed)
+    observer.line(f"scores of {facts['boards']} boards, {facts['samples_scored']:,} samples")
+    pruned = narrow_pretrained(
+        net,
+        total,
+        density=0.5 if request.density is None else request.density,
+        allowance=_allowance(request, problem, None),
+        allowed_mib=profile.memory_mib.value if profile else None,
+        batch_size=request.batch_size,
+        seed=request.seed,
+    )
+    return write_pruned(pruned, folder, cost=_cost, facts=facts)
+
+
 def _explored(
     request: PruneRequest, density: float
 ) -> tuple[dict[str, float] | None, tuple[int, ...] | None]:
@@ -331,7 +352,7 @@ def _explored(
 
 
 def _write_mask(
-    request: PruneRequest, problem: _Problem, profile: Profile | None, folder: Path, observer: Observer
+    request: PruneRequest, problem: Problem, profile: Profile | None, folder: Path, observer: Observer
 ) -> Bundle:
     from pruning.masked import mask_model, mask_module, write_masked
     from pruning.models import moments, standardisation
@@ -357,7 +378,7 @@ def _write_mask(
     return write_masked(masked, folder, cost=_cost)
 
 
-def _labelled(problem: _Problem) -> tuple[NDArray[np.float32], NDArray[np.int64]] | None:
+def _labelled(problem: Problem) -> tuple[NDArray[np.float32], NDArray[np.int64]] | None:
     if problem.inputs is None or problem.labels is None:
         return None
     return problem.inputs[:_LABELLED], problem.labels[:_LABELLED]

@@ -70,7 +70,7 @@ def open_gates(bundle: Bundle) -> Gates:
     if not widths:
         raise BundleError(
             f"{bundle.folder} has no gates, so that its units cannot be scored",
-            hint="Export the net with pruning.gates.export_gated_bundle.",
+            hint="Let the coordinator write it with `scalarfed gates MODEL -o GATED`.",
         )
     values = np.ones(sum(width for _, width in widths), np.float32)
     inputs, start = {}, 0
@@ -88,6 +88,7 @@ def gate_scores(
     keys: Sequence[NoiseKey],
     epsilon: float,
     closing: float = 0.25,
+    progress: Callable[[int, int], None] | None = None,
 ) -> GateScores:
     """Score every gate with common inputs and common perturbations.
 
@@ -101,6 +102,7 @@ def gate_scores(
         epsilon: Standard deviation of the perturbation, > 0; 0.01 in NTK-SAP.
         closing: t, how far a gate closes, in (0, 1]. Spearman correlation with dJ/dc_g on a small MLP and
             a LeNet: 0.92 and 0.93 at 1, 0.98 and 0.99 at 0.5, 0.99 and 1.00 at 0.25.
+        progress: Called with the forward passes done and all of them.
 
     Raises:
         EstimateError: A score is not finite; the replica is as it was.
@@ -109,12 +111,23 @@ def gate_scores(
         raise ValueError(
             f"need a key, epsilon > 0, closing in (0, 1]; got {len(keys)}, {epsilon=}, {closing=}"
         )
-    here = _sweep(gates.values, logits, closing)
+    passes = (1 + len(keys)) * (1 + len(gates.values))
+    done = 0
+
+    def counted() -> NDArray[np.float32]:
+        nonlocal done
+        found = logits()
+        done += 1
+        if progress is not None:
+            progress(done, passes)
+        return found
+
+    here = _sweep(gates.values, counted, closing)
     total = np.zeros(len(gates.values))
     for key in keys:
         perturb(replica.weights, replica.segments, [Term(key, 1)], epsilon=epsilon)
         try:
-            moved = _sweep(gates.values, logits, closing)
+            moved = _sweep(gates.values, counted, closing)
         finally:
             perturb(replica.weights, replica.segments, [Term(key, -1)], epsilon=epsilon)
         deviations = np.square(here.astype(np.float64) - moved).sum(axis=(1, 2))
@@ -124,7 +137,7 @@ def gate_scores(
         raise EstimateError(
             "a gate score is not finite", hint="Look for inputs or weights that are not finite."
         )
-    return GateScores(scores, here.shape[1], (1 + len(keys)) * len(here))
+    return GateScores(scores, here.shape[1], passes)
 
 
 def _sweep(

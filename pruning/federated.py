@@ -7,6 +7,7 @@ Source: the trace of the neural tangent kernel over a union of inputs is the sum
 that signed scores are sent and the absolute value is taken after the sum (arXiv 2405.04765).
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
@@ -99,21 +100,21 @@ def sum_gate_scores(replies: Iterable[tuple[str, GateScores]]) -> NDArray[np.flo
         replies: Agent and what it measured, at least one; all of the same bundle and keys.
 
     Returns:
-        Mean weighted by the numbers of inputs, summed in float64 in the order of the agents' names.
+        Mean weighted by the numbers of inputs; the sum is exact, hence the same in any order.
 
     Raises:
         EstimateError: An agent's scores have another length or are not finite.
     """
-    ordered = sorted(replies, key=lambda reply: reply[0])
-    if not ordered:
+    known = list(replies)
+    if not known:
         raise ValueError("no agent replied")
-    total, samples = np.zeros(ordered[0][1].scores.shape), 0
-    for agent, reply in ordered:
-        if reply.scores.shape != total.shape or not np.isfinite(reply.scores).all() or reply.samples < 1:
+    shape = known[0][1].scores.shape
+    for agent, reply in known:
+        if reply.scores.shape != shape or not np.isfinite(reply.scores).all() or reply.samples < 1:
             raise EstimateError(
-                f"{agent} sent {reply.scores.shape} scores of {reply.samples} inputs, expected {total.shape}",
+                f"{agent} sent {reply.scores.shape} scores of {reply.samples} inputs, expected {shape}",
                 hint="Leave the agent out, and let all agents hold the same bundle.",
             )
-        total += reply.samples * reply.scores.astype(np.float64)
-        samples += reply.samples
-    return (total / samples).astype(np.float32)
+    weighted = [reply.samples * reply.scores.astype(np.float64) for _, reply in known]  # exact products
+    samples = sum(reply.samples for _, reply in known)
+    return np.array([math.fsum(unit) / samples for unit in zip(*weighted, strict=True)], np.float32)

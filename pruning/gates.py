@@ -87,6 +87,8 @@ def export_gated_bundle(
     sample_shape: tuple[int, ...],
     classes: int,
     cost: Callable[[bytes], Mapping[str, int]],
+    draws: int = 5,
+    seed: int = 0,
 ) -> Bundle:
     """Write a bundle whose graph takes a gate per group beside the weights.
 
@@ -98,6 +100,8 @@ def export_gated_bundle(
         sample_shape: Shape of one input.
         classes: Number of classes.
         cost: Reads an ONNX file and returns what its forward takes.
+        draws: Perturbations by which every board scores.
+        seed: Names these perturbations.
     """
     exported = export_graph(module, sample_shape=sample_shape, classes=classes)
     gated = dataclasses.replace(exported, graph=gated_graph(exported.graph, structure))
@@ -107,7 +111,12 @@ def export_gated_bundle(
         model=model,
         sample_shape=sample_shape,
         classes=classes,
-        pruning={"method": "gates", "gates": [[g.name, g.width] for g in structure.groups]},
+        pruning={
+            "method": "gates",
+            "gates": [[g.name, g.width] for g in structure.groups],
+            "draws": draws,
+            "seed": seed,
+        },
         cost=cost,
     )
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 from profiles.errors import ModelError
@@ -21,7 +22,7 @@ from pruning.structure import Structure
 from pruning.threads import one_thread
 from pruning.weights import Moments, derive_seed
 
-__all__ = ["METHODS", "Allowance", "check_method", "find_masks", "plan_widths"]
+__all__ = ["METHODS", "Allowance", "check_method", "find_masks", "plan_widths", "widths_by_scores"]
 
 METHODS = ("none", "uniform", "ntk-widths", *ALL_SCORES)
 """Names of all methods: none, one factor for all widths, the evenest kernel, and every saliency."""
@@ -130,6 +131,54 @@ def plan_widths(
         )
     )
     return _allocate(structure, fractions_from_densities(structure, found), spend, allowed), found
+
+
+def widths_by_scores(
+    structure: Structure,
+    scores: Mapping[str, NDArray[np.float32]],
+    *,
+    name: str,
+    density: float = 0.5,
+    allowance: Allowance | None = None,
+) -> dict[str, int]:
+    """Return the widths at which the units with the highest scores for their cost stay.
+
+    A unit costs what the net gets smaller by without it: multiply-accumulates where these are allowed, else
+    parameters. Over all groups, units stay from the highest ratio down until the allowance is spent; then the
+    widths are rounded, see :func:`pruning.allocation.allocate`.
+
+    Args:
+        structure: The dense net's groups.
+        scores: One per unit of each group.
+        name: The net's name, for messages.
+        density: Fraction of the parameters that stays; not used where there is an allowance.
+        allowance: What the narrow net may cost.
+
+    Raises:
+        ModelError: See :func:`plan_widths`.
+    """
+    allowed = _allowance_of_density(structure, name, density) if allowance is None else allowance
+    spend = allowed.spend or getattr(structure, allowed.unit)
+    dense = structure.dense
+    if spend(dense) <= allowed.amount:
+        return dense
+    count = structure.macs if allowed.unit == "macs" else structure.params
+    worth = {}
+    for group in structure.groups:
+        fewer = {**dense, group.name: group.width - 1}
+        worth[group.name] = np.asarray(scores[group.name], np.float64) / (count(dense) - count(fewer))
+    order = np.sort(np.concatenate(list(worth.values())))[::-1]
+
+    def standing(units: int) -> dict[str, int]:
+        floor = order[units - 1]
+        return {g.name: max(g.minimum, int((worth[g.name] >= floor).sum())) for g in structure.groups}
+
+    low, high = 1, len(order)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if spend(standing(middle)) <= allowed.amount else (low, middle - 1)
+    fractions = {group: width / dense[group] for group, width in standing(low).items()}
+    return _allocate(structure, fractions, spend, allowed)
 
 
 def find_masks(

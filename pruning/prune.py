@@ -221,7 +221,13 @@ def describe_pruned(
     )
 
 
-def write_pruned(pruned: Pruned, folder: Path, *, cost: Callable[[bytes], Mapping[str, int]]) -> Bundle:
+def write_pruned(
+    pruned: Pruned,
+    folder: Path,
+    *,
+    cost: Callable[[bytes], Mapping[str, int]],
+    facts: Mapping[str, Any] | None = None,
+) -> Bundle:
     """Export the narrow net as a bundle whose manifest compares it with the dense net.
 
     Args:
@@ -229,6 +235,7 @@ def write_pruned(pruned: Pruned, folder: Path, *, cost: Callable[[bytes], Mappin
         folder: Where the bundle goes.
         cost: Reads an ONNX file and returns what its forward takes, ``forward_flops`` among it; also used
             on the dense net, for ``pruning.forward_flops_dense`` and so on.
+        facts: What else the manifest says of the pruning.
     """
     shape, classes = pruned.sample_shape, pruned.classes
     graph = export_graph(pruned.dense, sample_shape=shape, classes=classes, verify=False).graph
@@ -240,7 +247,7 @@ def write_pruned(pruned: Pruned, folder: Path, *, cost: Callable[[bytes], Mappin
         model=pruned.model,
         sample_shape=shape,
         classes=classes,
-        pruning={**pruned.summary(), **before},
+        pruning={**pruned.summary(), **before, **(facts or {})},
         cost=cost,
     )
 

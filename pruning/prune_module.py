@@ -8,6 +8,7 @@ import copy
 import importlib.util
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import cast
@@ -19,18 +20,47 @@ from torch import Tensor, nn
 
 from profiles.errors import ModelError
 from pruning.fit import fit_structure
-from pruning.gates import choose_units
+from pruning.gates import choose_units, split_scores
 from pruning.modules import Coupling, declare_structure, trace_structure
-from pruning.plan import Allowance, check_method, plan_widths
+from pruning.plan import Allowance, check_method, plan_widths, widths_by_scores
 from pruning.prune import Pruned, describe_pruned, standardised
 from pruning.saliency import make_probe
 from pruning.shrink import narrow_module
 from pruning.structure import Axis, Structure
 from pruning.weights import Moments, derive_seed, draw_inputs, initialise
 
-__all__ = ["check_module", "load_module", "prune_module", "unit_magnitudes"]
+__all__ = ["Found", "check_module", "find_structure", "load_module", "prune_module", "unit_magnitudes"]
 
 _Sizes = Callable[[Mapping[str, int]], Mapping[str, int]]
+
+
+@dataclass(frozen=True)
+class Found:
+    """The groups of a module.
+
+    Attributes:
+        structure: Its groups and tensors.
+        sizes: From new widths to attributes that must change too; None where none must.
+        left_whole: Layers that keep their width since tracing could not follow them, and why.
+    """
+
+    structure: Structure
+    sizes: _Sizes | None = None
+    left_whole: Mapping[str, str] = field(default_factory=dict)
+
+
+def find_structure(module: nn.Module, *, sample_shape: tuple[int, ...]) -> Found:
+    """Return the groups that a module declares in its attribute ``couplings``; without it, trace it.
+
+    Raises:
+        ModelError: It cannot be traced, or what it declares does not fit it.
+    """
+    if hasattr(module, "couplings"):
+        couplings = cast("Sequence[Coupling]", module.couplings)
+        structure = declare_structure(module, couplings, sample_shape=sample_shape)
+        return Found(structure, cast("_Sizes | None", getattr(module, "sizes_at", None)))
+    traced = trace_structure(module, sample_shape=sample_shape)
+    return Found(traced.structure, None, traced.left_whole)
 
 
 def prune_module(
@@ -48,6 +78,7 @@ def prune_module(
     schedule_steps: int = 20,
     seed: int = 0,
     pretrained: bool = False,
+    scores: NDArray[np.float32] | None = None,
     labelled: tuple[NDArray[np.float32], NDArray[np.int64]] | None = None,
     moments: Moments | None = None,
     allowed_mib: float | None = None,
@@ -76,6 +107,8 @@ def prune_module(
         schedule_steps: Cuts until the density is reached.
         seed: Names all draws and the fresh weights.
         pretrained: Keep the weights, of the units with the largest magnitude. If False, draw them anew.
+        scores: In the place of a method, what each unit of all groups is worth, in the order of the groups:
+            the widths follow from them, and the units with the highest keep their weights.
         labelled: Inputs as the module takes them and labels, for ``snip`` and ``grasp``.
         moments: Mean and deviation of the values that the module takes; 0 and 1 if None.
         allowed_mib: In the place of ``allowance``, the predicted peak memory that training may reach, in MiB.
@@ -88,7 +121,10 @@ def prune_module(
     Raises:
         ModelError: The module gives another output than (n, classes), cannot be traced, shrunk or redrawn.
     """
-    check_method(method)
+    if scores is None:
+        check_method(method)
+    else:
+        method, pretrained = "gates", True
     module = copy.deepcopy(module).eval()
     check_module(
         module,
@@ -98,23 +134,19 @@ def prune_module(
         pretrained=pretrained,
         moments=moments,
     )
-    left_whole: dict[str, str] = {}
-    if structure is None and hasattr(module, "couplings"):
-        couplings = cast("Sequence[Coupling]", module.couplings)
-        structure = declare_structure(module, couplings, sample_shape=sample_shape)
-        sizes = sizes or cast("_Sizes | None", getattr(module, "sizes_at", None))
-    if structure is None and method == "none":
+    left_whole: Mapping[str, str] = {}
+    if structure is None and method == "none" and not hasattr(module, "couplings"):
         structure = declare_structure(module, [], sample_shape=sample_shape)
     if structure is None:
-        traced = trace_structure(module, sample_shape=sample_shape)
-        structure, left_whole = traced.structure, traced.left_whole
-    magnitudes = unit_magnitudes(module, structure)
+        found = find_structure(module, sample_shape=sample_shape)
+        structure, sizes, left_whole = found.structure, sizes or found.sizes, found.left_whole
+    ranks = unit_magnitudes(module, structure) if scores is None else split_scores(structure, scores)
 
     def narrowed(widths: Mapping[str, int]) -> nn.Module:
         return narrow_module(
             module,
             structure,
-            choose_units(structure, magnitudes, widths),
+            choose_units(structure, ranks, widths),
             sample_shape=sample_shape,
             sizes=None if sizes is None else sizes(widths),
         )
@@ -132,24 +164,28 @@ def prune_module(
             curvature_bytes_per_param=curvature_bytes_per_param,
         )
     known = None if labelled is None else standardised(labelled, None, classes)
+    densities: dict[str, float] = {}
     try:
-        widths, densities = plan_widths(
-            structure,
-            lambda: make_probe(
-                module, sample_shape=sample_shape, draws=draws, seed=seed, labelled=known, moments=moments
-            ),
-            narrowed,
-            sample_shape=sample_shape,
-            draws=draws,
-            name=name,
-            method=method,
-            density=density,
-            allowance=allowance,
-            steps=schedule_steps,
-            seed=seed,
-            moments=moments,
-            progress=progress,
-        )
+        if scores is not None:
+            widths = widths_by_scores(structure, ranks, name=name, density=density, allowance=allowance)
+        else:
+            widths, densities = plan_widths(
+                structure,
+                lambda: make_probe(
+                    module, sample_shape=sample_shape, draws=draws, seed=seed, labelled=known, moments=moments
+                ),
+                narrowed,
+                sample_shape=sample_shape,
+                draws=draws,
+                name=name,
+                method=method,
+                density=density,
+                allowance=allowance,
+                steps=schedule_steps,
+                seed=seed,
+                moments=moments,
+                progress=progress,
+            )
     except ModelError as error:
         if not left_whole:
             raise

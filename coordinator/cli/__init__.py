@@ -17,6 +17,7 @@ from coordinator.cli import (
     enrol,
     fit,
     flash,
+    gates,
     log,
     profile,
     prune,
@@ -61,6 +62,7 @@ app.add_typer(log.app, name="log")
 app.command(name="replay", epilog=replay.EXAMPLE)(replay.replay)
 app.command(name="report", epilog=report.EXAMPLE)(report.report)
 app.command(name="prune", epilog=prune.EXAMPLE)(prune.prune)
+app.command(name="gates", epilog=gates.EXAMPLE)(gates.gates)
 app.add_typer(profile.app, name="profile")
 app.command(name="fit", epilog=fit.EXAMPLE)(fit.fit)
 app.add_typer(bench.app, name="bench")

@@ -13,7 +13,8 @@ EXAMPLE = (
     "scalarfed prune auto --data examples/digits.npz --density 0.5 -o bundle\n\n"
     "scalarfed prune resnet20 --shape 3x32x32 --classes 10 --macs 10e6 -o bundle\n\n"
     "scalarfed prune resnet20 --shape 3x32x32 --classes 10 --fit pi-zero-2w -o bundle\n\n"
-    "scalarfed prune my_nets.py:make_net --data mine.npz --density 0.3 --json -o bundle"
+    "scalarfed prune my_nets.py:make_net --data mine.npz --density 0.3 --json -o bundle\n\n"
+    "scalarfed prune runs/digits --scores scores --density 0.5 -o bundle"
 )
 
 
@@ -21,7 +22,8 @@ def prune(
     model: Annotated[
         str,
         typer.Argument(
-            help="auto, mlp, lenet, resnet20, wrn10_2, dscnn, or FILE.py:FUNCTION that makes a module.",
+            help="auto, mlp, lenet, resnet20, wrn10_2, dscnn, or FILE.py:FUNCTION that makes a module. With "
+            "--scores the folder of a run, too.",
             show_default=False,
         ),
     ],
@@ -71,6 +73,14 @@ def prune(
         Path | None,
         typer.Option(help="For --method autoflip: a run of the same net, not pruned.", show_default=False),
     ] = None,
+    scores: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Gate scores of a board, or a folder of them; may be repeated. See `scalarfed gates`.",
+            show_default=False,
+        ),
+    ] = None,
     mode: Annotated[
         str, typer.Option(help="structured: narrower layers. mask: single weights, saves no memory.")
     ] = "structured",
@@ -87,6 +97,9 @@ def prune(
     Exactly one of --density, --params, --macs and --fit says how small; without any, half of the parameters
     stay. Data is looked at for its shape and standardisation, and by snip and grasp; ntk needs none. A module
     of your own gets the values of the data as they are.
+
+    With --scores the net has learnt before, and the units that are worth most for what they cost stay with
+    their weights.
     """
     from coordinator.cli.testbed import observing
     from coordinator.prune_command import PruneRequest, prune_to_bundle
@@ -109,6 +122,7 @@ def prune(
         mode=mode,
         draws=draws,
         seed=seed,
+        scores=tuple(scores or ()),
     )
     with observing(silent=as_json) as observer:
         facts = prune_to_bundle(request, observer=observer)
