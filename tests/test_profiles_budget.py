@@ -1,6 +1,7 @@
 """Predictions against what fresh processes really use, and refusals that say what would fit."""
 
 import json
+import statistics
 import subprocess
 import sys
 from dataclasses import replace
@@ -109,7 +110,9 @@ def test_the_predicted_peak_is_within_five_percent(name, batch, graphs):
     predicted = predict_peak_mib(
         cost, batch_size=batch, passes=[asked], chunk_bytes=0, graph_bytes=path.stat().st_size
     )
-    measured = measured_peak(path, batch, cost.at_once)
+    # A small net peaks while it starts, by when another thread gives pages back: 45 to 50 MiB.
+    tries = 5 if name == "lenet" else 1
+    measured = statistics.median(measured_peak(path, batch, cost.at_once) for _ in range(tries))
 
     assert predicted.total_mib == pytest.approx(measured, rel=0.05), predicted.describe()
 
