@@ -14,6 +14,7 @@ from edge_agent.data import Samples
 from edge_agent.optimizer import METHODS
 from profiles.budget import Prediction, check_memory, predict_peak_mib
 from profiles.cost import Cost
+from profiles.passes import runnable_passes
 
 __all__ = ["Family", "deal_levels", "folders_of", "read_family"]
 
@@ -81,6 +82,7 @@ def _predict(experiment: Experiment, bundle: Bundle, samples: Samples) -> Predic
     return predict_peak_mib(
         Cost.from_dict(bundle.cost, params=bundle.params),
         batch_size=experiment.method.batch_size,
+        passes=runnable_passes(bundle.passes),
         curvature_bytes_per_param=rule.bytes_beyond(bundle.params, bundle.groups(rule.group)) / bundle.params,
         autodiff=rule.autodiff,
         data_bytes=samples.x.nbytes + samples.y.nbytes,

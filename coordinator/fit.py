@@ -13,6 +13,7 @@ from profiles.budget import Prediction, check_memory, flops_per_step, predict_pe
 from profiles.cost import Cost
 from profiles.device import Profile
 from profiles.errors import ConfigError
+from profiles.passes import runnable_passes
 
 __all__ = ["Fit", "Work", "fit", "refuse_unfit"]
 
@@ -94,6 +95,7 @@ def fit(bundle: Bundle, profile: Profile, work: Work, *, allowed_mib: float | No
     prediction = predict_peak_mib(
         cost,
         batch_size=work.batch_size,
+        passes=runnable_passes(bundle.passes, arch=profile.arch),
         curvature_bytes_per_param=rule.bytes_beyond(bundle.params, bundle.groups(rule.group)) / bundle.params,
         autodiff=rule.autodiff,
         data_bytes=work.samples * sample_bytes,

@@ -10,6 +10,7 @@ from edge_agent.bundle import Bundle
 from edge_agent.optimizer import method_by_code
 from profiles.budget import flops_per_step, predict_peak_mib
 from profiles.cost import Cost
+from profiles.passes import runnable_passes
 
 __all__ = ["price_of"]
 
@@ -30,7 +31,11 @@ def price_of(
         batch_size: For which that was.
     """
     cost = Cost.from_dict(bundle.cost, params=bundle.params)
-    asked = predict_peak_mib(cost, batch_size=batch_size)
+    planned = predict_peak_mib(cost, batch_size=batch_size, passes=runnable_passes(bundle.passes))
+
+    def less(size: int) -> float:
+        """Return how much less the peak of a smaller batch is."""
+        return planned.total_mib - planned.at_batch(size).total_mib
 
     def price(work: Work) -> Price:
         plan = work.plan
@@ -45,10 +50,8 @@ def price_of(
         scalars = 4 * plan.steps * plan.scalars
         down = _OPEN_HEAD + _RECENT * (_RECORD_HEAD + scalars)
         predicted = predicted_mib[work.agent]
-        now = predict_peak_mib(cost, batch_size=work.batch_size)
-        saved = asked.activations - now.activations + asked.batch - now.batch
         return Price(
-            peak_mib=0.0 if predicted is None else predicted - saved,
+            peak_mib=0.0 if predicted is None else predicted - less(work.batch_size),
             flops=plan.steps * step,
             wire_bytes=_REPLY_HEAD + scalars + down + 2 * _MQTT_BYTES,
         )

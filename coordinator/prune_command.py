@@ -21,10 +21,12 @@ from coordinator.prune_picture import BudgetLine, prune_picture
 from coordinator.scalar_log import ScalarLog
 from edge_agent.bundle import Bundle, read_bundle
 from edge_agent.data import load_samples, to_inputs
+from edge_agent.optimizer import METHODS
 from profiles.budget import predict_peak_mib
 from profiles.cost import Cost, graph_cost
-from profiles.device import load_profile
+from profiles.device import Profile, load_profile
 from profiles.errors import ConfigError, ModelError
+from profiles.passes import runnable_passes
 
 if TYPE_CHECKING:
     from pruning.plan import Allowance
@@ -51,6 +53,8 @@ class PruneRequest:
         macs: Multiply-accumulates that a forward of one sample may take.
         fit: A profile whose memory the training may use.
         batch_size: Samples of a forward pass, for ``fit`` and the picture.
+        kernel: Whether the board has the compiled kernel, whose passes take other memory; None if it may.
+        trained_by: The update rule that will train the net, for ``fit`` and the picture.
         method: One of :data:`pruning.plan.METHODS`, or ``autoflip``; what trained best if None: ``uniform``
             for narrower layers, ``ntk`` for masks.
         explored: For ``autoflip``, the folder of a run in which the agents explored.
@@ -70,6 +74,8 @@ class PruneRequest:
     macs: float | None = None
     fit: str | None = None
     batch_size: int = 32
+    kernel: bool | None = None
+    trained_by: str = "headstep"
     method: str | None = None
     explored: Path | None = None
     mode: str = "structured"
@@ -109,12 +115,13 @@ def prune_to_bundle(request: PruneRequest, *, observer: Observer) -> dict[str, A
         request = dataclasses.replace(request, method=default)
     _check(request)
     problem = find_problem(request.model, data=request.data, shape=request.shape, classes=request.classes)
-    allowed_mib = load_profile(request.fit).memory_mib.value if request.fit else None
+    profile = load_profile(request.fit) if request.fit else None
+    allowed_mib = profile.memory_mib.value if profile else None
     observer.stage(f"pruning {request.model} by {request.method}")
     write = _write_scored if request.scores else _write_mask if request.mode == "mask" else _write_narrow
     with all_at_once(request.out) as folder:
         try:
-            bundle = write(request, problem, allowed_mib, folder, observer)
+            bundle = write(request, problem, profile, folder, observer)
         except RuntimeError as error:
             if "allocate memory" not in str(error) and "not enough memory" not in str(error):  # torch's words
                 raise
@@ -123,7 +130,7 @@ def prune_to_bundle(request: PruneRequest, *, observer: Observer) -> dict[str, A
                 "does not fit this machine's memory",
                 hint="Give a smaller --shape or another model; the dense net is made before it is pruned.",
             ) from error
-        facts = {**_facts(bundle, request.batch_size), "bundle": str(request.out)}
+        facts = {**_facts(bundle, request, profile), "bundle": str(request.out)}
         line = BudgetLine(request.fit or "", allowed_mib) if allowed_mib is not None else None
         (folder / "pruning.svg").write_text(prune_picture(facts, line), encoding="utf-8")
     for text in _lines(facts, request):
@@ -163,6 +170,10 @@ def _check(request: PruneRequest) -> None:
     if request.method == "autoflip" and (request.mode == "mask" or ":" in request.model):
         raise ConfigError(
             "--method autoflip makes narrower layers of a reference net", hint="Leave --mode out."
+        )
+    if request.trained_by not in METHODS:
+        raise ConfigError(
+            f"--trained-by {request.trained_by} is no update rule", hint=f"There are {', '.join(METHODS)}."
         )
     if is_run(request.model) and not request.scores:
         raise ConfigError(
@@ -218,33 +229,38 @@ def find_problem(model: str, *, data: Path | None, shape: str | None, classes: i
     return Problem(inputs.shape[1:], classes, inputs, samples.y)
 
 
-def _allowance(request: PruneRequest, problem: Problem, allowed_mib: float | None) -> "Allowance | None":
+def _allowance(request: PruneRequest, problem: Problem, profile: Profile | None) -> "Allowance | None":
     from pruning.fit import fit_memory
+    from pruning.models import standardisation
     from pruning.plan import Allowance
 
     for unit, amount in (("params", request.params), ("macs", request.macs)):
         if amount is not None:
             return Allowance(unit, amount)
-    if allowed_mib is None:
+    if profile is None:
         return None
     return fit_memory(
-        allowed_mib,
+        profile.memory_mib.value,
         request.model,
         sample_shape=problem.sample_shape,
         classes=problem.classes,
+        standardise=None if problem.inputs is None else standardisation(problem.inputs),
         batch_size=request.batch_size,
+        curvature_bytes_per_param=METHODS[request.trained_by].bytes_per_weight,
+        arch=profile.arch,
+        kernel=request.kernel,
     )
 
 
 def _write_narrow(
-    request: PruneRequest, problem: Problem, allowed_mib: float | None, folder: Path, observer: Observer
+    request: PruneRequest, problem: Problem, profile: Profile | None, folder: Path, observer: Observer
 ) -> Bundle:
     from pruning.models import moments, standardisation
     from pruning.prune import prune_model, write_pruned
     from pruning.prune_module import load_module, prune_module
 
     own = ":" in request.model
-    allowance = _allowance(request, problem, None if own else allowed_mib)
+    allowance = _allowance(request, problem, None if own else profile)
     density = 0.5 if request.density is None else request.density
     if own:
         pruned = prune_module(
@@ -259,8 +275,11 @@ def _write_narrow(
             seed=request.seed,
             labelled=_labelled(problem),
             moments=None if problem.inputs is None else moments(problem.inputs),
-            allowed_mib=allowed_mib,
+            allowed_mib=profile.memory_mib.value if profile else None,
             batch_size=request.batch_size,
+            arch=profile.arch if profile else "",
+            kernel=request.kernel,
+            curvature_bytes_per_param=METHODS[request.trained_by].bytes_per_weight,
             progress=observer.pruning,
         )
     else:
@@ -284,7 +303,7 @@ def _write_narrow(
 
 
 def _write_scored(
-    request: PruneRequest, problem: Problem, allowed_mib: float | None, folder: Path, observer: Observer
+    request: PruneRequest, problem: Problem, profile: Profile | None, folder: Path, observer: Observer
 ) -> Bundle:
     from pruning.pretrained import narrow_pretrained
     from pruning.prune import write_pruned
@@ -299,7 +318,7 @@ def _write_scored(
         total,
         density=0.5 if request.density is None else request.density,
         allowance=_allowance(request, problem, None),
-        allowed_mib=allowed_mib,
+        allowed_mib=profile.memory_mib.value if profile else None,
         batch_size=request.batch_size,
         seed=request.seed,
     )
@@ -333,7 +352,7 @@ def _explored(
 
 
 def _write_mask(
-    request: PruneRequest, problem: Problem, allowed_mib: float | None, folder: Path, observer: Observer
+    request: PruneRequest, problem: Problem, profile: Profile | None, folder: Path, observer: Observer
 ) -> Bundle:
     from pruning.masked import mask_model, mask_module, write_masked
     from pruning.models import moments, standardisation
@@ -369,22 +388,29 @@ def _cost(graph: bytes) -> Mapping[str, int]:
     return graph_cost(graph).as_dict()
 
 
-def _facts(bundle: Bundle, batch_size: int) -> dict[str, Any]:
+def _facts(bundle: Bundle, request: PruneRequest, profile: Profile | None) -> dict[str, Any]:
     """Return the manifest's pruning, with predicted memory and FLOPs before and after."""
     pruning = dict(bundle.pruning)
+    passes = pruning.pop("passes_dense", {}), bundle.passes
     dense_cost = {key.removesuffix("_dense"): pruning[key] for key in pruning if f"{key}".endswith("_dense")}
     fields = {key: dense_cost[key] for key in bundle.cost if key in dense_cost}
     before = Cost.from_dict(fields, params=pruning["params_dense"])
     after = Cost.from_dict(bundle.cost, params=bundle.params)
     lengths = pruning["graph_bytes_dense"], bundle.graph_path.stat().st_size
     peaks = [
-        predict_peak_mib(cost, batch_size=batch_size, graph_bytes=length).total_mib
-        for cost, length in zip((before, after), lengths, strict=True)
+        predict_peak_mib(
+            cost,
+            batch_size=request.batch_size,
+            passes=runnable_passes(asked, arch=profile.arch if profile else "", kernel=request.kernel),
+            curvature_bytes_per_param=METHODS[request.trained_by].bytes_per_weight,
+            graph_bytes=length,
+        ).total_mib
+        for cost, length, asked in zip((before, after), lengths, passes, strict=True)
     ]
     return {
         **pruning,
         "identity": bundle.identity,
-        "batch_size": batch_size,
+        "batch_size": request.batch_size,
         "forward_flops": bundle.cost["forward_flops"],
         "predicted_peak_mib_dense": peaks[0],
         "predicted_peak_mib": peaks[1],

@@ -7,7 +7,7 @@ This module knows the folder's layout, not how a graph came to be nor how it is 
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from math import prod
 from pathlib import Path
@@ -89,6 +89,8 @@ class Bundle:
         identity: SHA-256 of the manifest, hexadecimal: names the bundle.
         stops: Where each width of a family of nets ends in the flat vector; empty without a family.
         family: Identity of the family's widest bundle, which names the run's; empty for that one itself.
+        passes: What each graph's forward asks of the allocator, for :mod:`profiles.passes`; empty in bundles
+            of earlier releases.
     """
 
     folder: Path
@@ -106,6 +108,7 @@ class Bundle:
     identity: str
     stops: tuple[int, ...] = ()
     family: str = ""
+    passes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def params(self) -> int:
@@ -184,6 +187,7 @@ def write_bundle(
     variants: Mapping[str, bytes] | None = None,
     stops: Sequence[int] = (),
     family: str = "",
+    passes: Mapping[str, Any] | None = None,
 ) -> Bundle:
     """Write a bundle folder; the weights are moved to the nearest points of their grids.
 
@@ -203,6 +207,7 @@ def write_bundle(
         variants: ONNX files by name that compute the same with operators of the compiled kernel.
         stops: As in :class:`Bundle`, and so is the following.
         family: Identity of the widest bundle.
+        passes: As in :class:`Bundle`.
 
     Raises:
         BundleError: A weight is not finite.
@@ -234,6 +239,8 @@ def write_bundle(
     }
     if stops:
         manifest |= {"stops": list(stops), "family": family}
+    if passes:
+        manifest["passes"] = dict(passes)
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
         (folder / name).write_bytes(data)
@@ -273,6 +280,7 @@ def read_bundle(folder: Path) -> Bundle:
             identity=hashlib.sha256(raw).hexdigest(),
             stops=tuple(manifest.get("stops", ())),
             family=manifest.get("family", ""),
+            passes=manifest.get("passes", {}),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BundleError(f"{folder} is not a whole bundle: {type(error).__name__}: {error}") from None

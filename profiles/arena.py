@@ -2,8 +2,9 @@
 
 A best-fit allocator with coalescing, over regions that double in size: a request takes the smallest free
 chunk that holds it, the rest is split off only from a chunk of twice the size, and what is given back
-joins its free neighbours. So a process holds more than what lives at once: 1.0 times on convolutional
-nets, 1.3 to 1.6 times on transformers. Knows nothing of graphs (``cost``) or of processes (``memory``).
+joins its free neighbours. A table of the region's grains is written whole beside it. So a process holds
+more than what lives at once: 1.1 to 1.5 times on convolutional nets, 1.3 to 1.6 times on transformers.
+Knows nothing of graphs (``cost``) or of processes (``memory``).
 
 Source: the behaviour of onnxruntime's BFCArena with its default settings, release 1.31 (first region 1 MiB,
 extension by powers of two, chunks of 256 bytes); the allocator is Doug Lea's best fit, as TensorFlow has it.
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 __all__ = ["Arena"]
 
 _GRAIN = 256
+_POINTER = 8
 _MOST_LEFT_IN_A_CHUNK = 128 * 2**20
 
 
@@ -43,7 +45,8 @@ class Arena:
         """Return a chunk of at least ``size`` bytes, all of which will be written."""
         wanted = max(_GRAIN, -(-size // _GRAIN) * _GRAIN)
         fitting = (c for region in self._regions for c in region if c.free and c.size >= wanted)
-        chunk = min(fitting, key=lambda c: (c.size, c.region, c.start), default=None)
+        # Of equal ones the lowest: Linux puts a new region below the one before.
+        chunk = min(fitting, key=lambda c: (c.size, -c.region, c.start), default=None)
         if chunk is None:
             chunk = self._extend(wanted)
         rest = chunk.size - wanted
@@ -69,7 +72,12 @@ class Arena:
 
     @property
     def resident_bytes(self) -> int:
-        """Bytes that were ever written: none of them goes back to the system."""
+        """Bytes that take up memory: what was written, and a table of each region's grains beside it."""
+        return self.written_bytes + self.reserved_bytes * _POINTER // _GRAIN
+
+    @property
+    def written_bytes(self) -> int:
+        """Bytes of the regions that were ever written: none of them goes back to the system."""
         total = 0
         for spans in self._touched:
             end = 0

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 from profiles.cost import Cost
 from profiles.errors import BudgetError
+from profiles.passes import Pass
 
 __all__ = [
     "Budget",
@@ -30,13 +32,16 @@ __all__ = [
 
 _MIB = 2**20
 _IMPORTS_MIB = 33.0  # what stays of Python and the libraries; edge_agent/footprint.py gives the rest back
-_SESSION_MIB = 12.5  # the runtime's own pages that passes go on needing
-_START_MIB = 1.0  # pages that only the imports and opening a session need, before the first pass
+_SESSION_MIB = 11.1  # the runtime's own pages that passes go on needing
+_START_MIB = 4.0  # pages that only opening a session needs, before the first pass
 _SESSION_PER_GRAPH_BYTE = 25.0  # nodes and kernels: a graph of 147 KB takes 3.7 MiB
-_SCRATCH = 1.05  # what kernels pack and unfold beside the buffers between them
+_CHUNK_BYTES = int(5.4 * _MIB)  # buffers of noise and replay, and the code that goes with rounds
+_SCRATCH = 1.05  # what kernels pack and unfold beside the buffers between them, where no pass tells it
+_BATCHES_HELD = 2.25  # the batch, the one before, and what was picked from samples of bytes
 _THREAD_MIB = 0.2  # the touched part of a stack and of an allocator's arena
 _DIFFERENCES = ("central", "forward")
 _SHARE_OF_PEAK = 0.1  # small nets on small boards reach about a tenth of their arithmetic peak
+_LARGEST_BATCH = 2**20
 _TORCH = {
     # MiB of torch and onnx beside the agent's imports, of torch's own pages once it has run, and what a
     # pass holds of the activations: upper bounds from LeNet, ResNet-20 and WRN-10-2 at batches 8 and 64.
@@ -52,24 +57,19 @@ class Prediction:
 
     Attributes:
         batch_size: Samples of one forward pass.
-        at_once: The most of them that run together; a larger batch runs in pieces.
-        per_sample: What one sample more adds to ``activations``, up to so many.
-        input_per_sample: What one sample more adds to ``batch``.
         imports: What stays of Python and the agent's libraries.
         session: The runtime's own, and the graph.
         weights: The one copy of the trainable tensors.
         curvature: Optimizer state beyond the weights.
-        activations: What a forward pass holds.
-        batch: The samples of one batch.
+        activations: What a forward pass of one batch holds.
+        batch: The inputs of a pass, and those of the pass before while they are made.
         data: The device's own samples.
-        chunks: Buffers for noise and replay.
+        chunks: What rounds hold beside their passes: buffers for noise and replay, code.
         threads: What each thread beyond the first adds.
+        at_batch: Returns the same prediction for another batch size.
     """
 
     batch_size: int
-    at_once: int
-    per_sample: float
-    input_per_sample: float
     imports: float
     session: float
     weights: float
@@ -79,17 +79,18 @@ class Prediction:
     data: float
     chunks: float
     threads: float
+    at_batch: Callable[[int], Prediction] = field(repr=False, compare=False)
 
     @property
     def terms(self) -> dict[str, float]:
         """Every term by name; their sum is the peak.
 
-        ``start`` is what the imports and opening a session need beyond all that comes later.
+        ``start`` is what the imports and opening a session need beyond all that is there later.
         """
         fields = {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)
-            if field.name not in ("batch_size", "at_once", "per_sample", "input_per_sample")
+            each.name: getattr(self, each.name)
+            for each in dataclasses.fields(self)
+            if each.name not in ("batch_size", "at_batch")
         }
         return {**fields, "start": max(0.0, _START_MIB - self._later)}
 
@@ -109,20 +110,19 @@ class Prediction:
         return f"{self.total_mib:.1f} MiB: {terms}"
 
     def largest_batch(self, allowed_mib: float) -> int:
-        """Return the largest batch size whose predicted peak is within ``allowed_mib``; 0 if none is.
-
-        Beyond what runs together a sample costs no more than its own bytes.
-        """
-        left = allowed_mib - (self.imports + self.session + self.weights + self.data)
-        if left + 1e-9 < _START_MIB:
-            return 0
-        together = min(self.batch_size, self.at_once)
-        left -= self._later - self.batch + self.per_sample * (self.at_once - together)
-        left -= self.input_per_sample * self.at_once
-        a_sample = self.input_per_sample + (self.per_sample if left < 0 else 0.0)
-        if a_sample == 0:
-            return self.batch_size if left >= 0 else 0
-        return max(0, self.at_once + math.floor(left / a_sample + 1e-9))
+        """Return the largest batch size whose predicted peak is within ``allowed_mib``; 0 if none is."""
+        fits, beyond = 0, 1
+        while self.at_batch(beyond).total_mib <= allowed_mib:
+            fits, beyond = beyond, 2 * beyond
+            if fits >= _LARGEST_BATCH:
+                return fits
+        while beyond - fits > 1:
+            middle = (fits + beyond) // 2
+            if self.at_batch(middle).total_mib <= allowed_mib:
+                fits = middle
+            else:
+                beyond = middle
+        return fits
 
     def largest_density(self, allowed_mib: float) -> float:
         """Return the share of this net's parameters that would fit at this batch size, 0 to 1.
@@ -220,24 +220,27 @@ def predict_peak_mib(
     cost: Cost,
     *,
     batch_size: int,
+    passes: Sequence[Pass] = (),
     curvature_bytes_per_param: float = 0.0,
     threads: int = 1,
     data_bytes: int = 0,
-    chunk_bytes: int = 2 * _MIB,
+    chunk_bytes: int = _CHUNK_BYTES,
     graph_bytes: int = 50_000,
     imports_mib: float = _IMPORTS_MIB,
     autodiff: str = "",
 ) -> Prediction:
-    """Predict the peak resident memory of an agent that trains, in MiB, within 10 %.
+    """Predict the peak resident memory of an agent that trains, in MiB, within 5 %.
 
     Args:
         cost: Of the bundle's graph.
         batch_size: Samples of one forward pass, >= 1.
+        passes: What the graphs that may run ask of the allocator; the greediest counts. Without any the
+            cost's own line does, which is up to a fifth off at some batches; and where torch runs.
         curvature_bytes_per_param: Optimizer state: 0 for none or one value a tensor, 2 for bf16 curvature, 4
             for float32, 8 for Adam.
         threads: Of the forward pass, >= 1.
         data_bytes: What the device's samples take in memory.
-        chunk_bytes: Buffers of noise and replay, which do not grow with the net.
+        chunk_bytes: What rounds hold beside their forward passes, which does not grow with the net.
         graph_bytes: Length of ``graph.onnx``.
         imports_mib: Resident memory after the imports; an agent can say its own.
         autodiff: What torch computes on the board: nothing, a "slope" along a direction (which is a vector
@@ -251,25 +254,34 @@ def predict_peak_mib(
     if min(curvature_bytes_per_param, data_bytes, chunk_bytes, graph_bytes, imports_mib) < 0:
         raise ValueError("sizes must not be negative")
     torch_mib, torch_pages_mib, held = _TORCH[autodiff]
-    at_once = batch_size if autodiff else cost.at_once  # torch takes the whole batch
-    per_sample = held * _SCRATCH * cost.activation_bytes_per_sample / _MIB
-    fixed = held * _SCRATCH * cost.activation_bytes_fixed / _MIB
-    curvature_bytes_per_param += 4.0 * (autodiff == "slope")
-    return Prediction(
-        batch_size=batch_size,
-        at_once=at_once,
-        per_sample=per_sample,
-        input_per_sample=cost.input_bytes_per_sample / _MIB,
-        imports=imports_mib + torch_mib,
-        session=torch_pages_mib + _SESSION_MIB + _SESSION_PER_GRAPH_BYTE * graph_bytes / _MIB,
-        weights=cost.weight_bytes / _MIB,
-        curvature=cost.params * curvature_bytes_per_param / _MIB,
-        activations=fixed + min(batch_size, at_once) * per_sample,
-        batch=batch_size * cost.input_bytes_per_sample / _MIB,
-        data=data_bytes / _MIB,
-        chunks=chunk_bytes / _MIB,
-        threads=_THREAD_MIB * (threads - 1),
-    )
+    moments = curvature_bytes_per_param + 4.0 * (autodiff == "slope")
+
+    nodes_bytes = max(0, graph_bytes - cost.constant_bytes)
+    graph_mib = (cost.constant_bytes + _SESSION_PER_GRAPH_BYTE * nodes_bytes) / _MIB
+
+    def at_batch(size: int) -> Prediction:
+        if passes and not autodiff:
+            activations: float = max(
+                each.resident_bytes(size, at_once=cost.at_once, threads=threads) for each in passes
+            )
+        else:  # torch takes the whole batch
+            together = size if autodiff else min(size, cost.at_once)
+            activations = _SCRATCH * cost.activation_bytes(together)
+        return Prediction(
+            batch_size=size,
+            imports=imports_mib + torch_mib,
+            session=torch_pages_mib + _SESSION_MIB + graph_mib,
+            weights=cost.weight_bytes / _MIB,
+            curvature=cost.params * moments / _MIB,
+            activations=held * activations / _MIB,
+            batch=_BATCHES_HELD * cost.input_bytes_per_sample * size / _MIB,
+            data=data_bytes / _MIB,
+            chunks=chunk_bytes / _MIB,
+            threads=_THREAD_MIB * (threads - 1),
+            at_batch=at_batch,
+        )
+
+    return at_batch(batch_size)
 
 
 def forwards_per_step(*, perturbations: int, difference: str) -> int:

@@ -20,13 +20,22 @@ from torch.nn import functional
 
 from edge_agent.bundle import Bundle, flat_layout, write_bundle
 from edge_agent.session import open_session
+from profiles.cost import graph_pass
 from profiles.errors import ModelError
 from pruning.exact import LinearLayer, WithLoss, find_last_layers
 from pruning.fold import fold_shapes
-from pruning.fuse import BLOCKS, block, fuse
+from pruning.fuse import BLOCKS, block, fuse, has_pools
 from pruning.weights import derive_seed
 
-__all__ = ["TOLERANCE", "Exported", "export_bundle", "export_graph", "graph_variants", "write_exported"]
+__all__ = [
+    "TOLERANCE",
+    "Exported",
+    "export_bundle",
+    "export_graph",
+    "graph_passes",
+    "graph_variants",
+    "write_exported",
+]
 
 TOLERANCE = 1e-5
 """Largest difference allowed between torch and ONNX Runtime, relative to the largest logit."""
@@ -149,6 +158,7 @@ def write_exported(
     flat = np.zeros(size, np.float32)
     for tensor in tensors:
         flat[tensor.offset : tensor.offset + tensor.size] = exported.weights[tensor.name].reshape(-1)
+    variants = graph_variants(exported.graph)
     return write_bundle(
         folder,
         graph=exported.graph,
@@ -161,7 +171,8 @@ def write_exported(
         pruning=pruning,
         head=exported.head,
         hidden=exported.hidden,
-        variants=graph_variants(exported.graph),
+        variants=variants,
+        passes=graph_passes(exported.graph, variants),
     )
 
 
@@ -172,6 +183,25 @@ def graph_variants(graph: bytes) -> dict[str, bytes]:
         return {}
     blocked = {f"blocked{size}": block(fused, size) for size in BLOCKS}
     return {"fused": fused} | {name: variant for name, variant in blocked.items() if variant is not None}
+
+
+def graph_passes(graph: bytes, variants: Mapping[str, bytes]) -> dict[str, list[list[int]]]:
+    """Return what the forwards of a graph and its variants ask of the allocator, as a manifest keeps it.
+
+    Args:
+        graph: The plain graph.
+        variants: Of :func:`graph_variants`.
+    """
+    found: dict[str, list[list[int]]] = {}
+    for name, data in ("", graph), *variants.items():
+        blocks = [size for size in BLOCKS if name in ("", "fused", f"blocked{size}")]
+        if name in ("", "fused") or not has_pools(data):
+            found[name] = graph_pass(data).as_list()
+        for size in blocks if has_pools(data) else ():
+            requests = graph_pass(data, block=size).as_list()
+            if requests != found.get(name):
+                found[f"{name}@{size}"] = requests
+    return found
 
 
 def _jitter(module: nn.Module) -> None:

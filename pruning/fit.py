@@ -6,11 +6,14 @@ know how widths are chosen.
 
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 from profiles.budget import predict_peak_mib
 from profiles.cost import graph_cost
-from pruning.export import export_graph
+from profiles.passes import runnable_passes
+from pruning.export import export_graph, graph_passes, graph_variants
 from pruning.models import build_model, choose_model, model_structure
 from pruning.plan import Allowance
 from pruning.structure import Structure
@@ -25,10 +28,14 @@ def fit_memory(
     sample_shape: tuple[int, ...],
     classes: int,
     hidden: Sequence[int] | None = None,
+    standardise: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None,
     batch_size: int = 32,
     curvature_bytes_per_param: float = 0.0,
     threads: int = 1,
     data_bytes: int = 0,
+    arch: str = "",
+    kernel: bool | None = None,
+    image_block: int | None = None,
 ) -> Allowance:
     """Return an allowance of the agent's predicted peak memory, in MiB.
 
@@ -38,17 +45,26 @@ def fit_memory(
         sample_shape: Shape of one input.
         classes: Number of classes.
         hidden: Dense widths of the hidden layers of ``mlp``.
+        standardise: See :func:`pruning.models.build_model`: where there is nothing to do, a pass is smaller.
         batch_size: Samples of one forward pass.
         curvature_bytes_per_param: Optimizer state, see :func:`profiles.budget.predict_peak_mib`.
         threads: Of the forward pass.
         data_bytes: What the board's samples take.
+        arch: Of the board, see :func:`profiles.passes.runnable_passes`, and so are the following.
+        kernel: Whether it has the compiled kernel.
+        image_block: Channels that its processor lays out side by side.
     """
     model = choose_model(name, sample_shape=sample_shape)
     return fit_structure(
         allowed_mib,
         model_structure(model, sample_shape=sample_shape, classes=classes, hidden=hidden),
         lambda widths: build_model(
-            model, sample_shape=sample_shape, classes=classes, widths=widths, hidden=hidden
+            model,
+            sample_shape=sample_shape,
+            classes=classes,
+            widths=widths,
+            hidden=hidden,
+            standardise=standardise,
         ),
         sample_shape=sample_shape,
         classes=classes,
@@ -56,6 +72,9 @@ def fit_memory(
         curvature_bytes_per_param=curvature_bytes_per_param,
         threads=threads,
         data_bytes=data_bytes,
+        arch=arch,
+        kernel=kernel,
+        image_block=image_block,
     )
 
 
@@ -70,6 +89,9 @@ def fit_structure(
     curvature_bytes_per_param: float = 0.0,
     threads: int = 1,
     data_bytes: int = 0,
+    arch: str = "",
+    kernel: bool | None = None,
+    image_block: int | None = None,
 ) -> Allowance:
     """Return the allowance of :func:`fit_memory` for any net.
 
@@ -83,6 +105,9 @@ def fit_structure(
         curvature_bytes_per_param: Optimizer state.
         threads: Of the forward pass.
         data_bytes: What the board's samples take.
+        arch: Of the board.
+        kernel: Whether it has the compiled kernel.
+        image_block: Channels that its processor lays out side by side.
     """
     known: dict[tuple[int, ...], float] = {}
 
@@ -97,6 +122,12 @@ def fit_structure(
             known[key] = predict_peak_mib(
                 graph_cost(graph),
                 batch_size=batch_size,
+                passes=runnable_passes(
+                    graph_passes(graph, graph_variants(graph)),
+                    arch=arch,
+                    kernel=kernel,
+                    image_block=image_block,
+                ),
                 curvature_bytes_per_param=curvature_bytes_per_param,
                 threads=threads,
                 data_bytes=data_bytes,

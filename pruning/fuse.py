@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["BLOCKS", "block", "fuse"]
+__all__ = ["BLOCKS", "block", "fuse", "has_pools"]
 
 BLOCKS = (8, 16)
 """Channels that ONNX Runtime puts side by side: 16 with AVX-512, 8 on other x86-64 processors."""
@@ -116,6 +116,11 @@ def fuse(graph: bytes) -> bytes | None:
         return None
     _join_loss(own)
     return own.serialise([_OWN])
+
+
+def has_pools(graph: bytes) -> bool:
+    """Tell whether a graph has pools, which ONNX Runtime lays out in blocks by itself."""
+    return any(node.op_type in ("MaxPool", "AveragePool") for node in _Graph(graph).nodes)
 
 
 def _group_norm(own: _Graph, node: Any) -> tuple[list[Any], str, str, str, int] | None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from edge_agent.bundle import Bundle
 from profiles.errors import ModelError
 from pruning.baselines import ALL_SCORES
-from pruning.export import Exported, export_graph, write_exported
+from pruning.export import Exported, export_graph, graph_passes, graph_variants, write_exported
 from pruning.masks import Masks, densities_of
 from pruning.models import build_model, choose_model
 from pruning.plan import find_masks
@@ -302,8 +302,9 @@ def write_masked(masked: Masked, folder: Path, *, cost: Callable[[bytes], Mappin
     """
     shape, classes = masked.sample_shape, masked.classes
     dense = export_graph(masked.module, sample_shape=shape, classes=classes)
-    before = {f"{key}_dense": value for key, value in cost(dense.graph).items()}
+    before: dict[str, Any] = {f"{key}_dense": value for key, value in cost(dense.graph).items()}
     before["graph_bytes_dense"] = len(dense.graph)
+    before["passes_dense"] = graph_passes(dense.graph, graph_variants(dense.graph))
     return write_exported(
         mask_graph(dense, masked.masks),
         folder,

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from edge_agent.bundle import Bundle, flat_layout, write_bundle
 from profiles.errors import ModelError
-from pruning.export import Exported, export_graph, graph_variants
+from pruning.export import Exported, export_graph, graph_passes, graph_variants
 from pruning.models import build_model, model_structure
 from pruning.prune import Pruned
 from pruning.structure import Structure, TensorShape
@@ -169,6 +169,7 @@ def write_family(
             "macs": structure.macs(family[level]),
             **before,
         }
+        variants = graph_variants(graph)
         bundles.append(
             write_bundle(
                 folder,
@@ -180,7 +181,8 @@ def write_family(
                 sample_shape=tuple(shape),
                 cost=cost(graph),
                 pruning=facts,
-                variants=graph_variants(graph),
+                variants=variants,
+                passes=graph_passes(graph, variants),
                 stops=ends[: level + 1],
                 family=bundles[0].identity if bundles else "",
             )

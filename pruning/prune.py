@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from edge_agent.bundle import Bundle
 from profiles.errors import ModelError
-from pruning.export import export_bundle, export_graph
+from pruning.export import export_bundle, export_graph, graph_passes, graph_variants
 from pruning.models import build_model, choose_model, model_structure
 from pruning.plan import Allowance, check_method, plan_widths
 from pruning.saliency import make_probe
@@ -239,8 +239,8 @@ def write_pruned(
     """
     shape, classes = pruned.sample_shape, pruned.classes
     graph = export_graph(pruned.dense, sample_shape=shape, classes=classes, verify=False).graph
-    before = {f"{key}_dense": value for key, value in cost(graph).items()}
-    before["graph_bytes_dense"] = len(graph)
+    before: dict[str, Any] = {f"{key}_dense": value for key, value in cost(graph).items()}
+    before |= {"graph_bytes_dense": len(graph), "passes_dense": graph_passes(graph, graph_variants(graph))}
     return export_bundle(
         pruned.module,
         folder,

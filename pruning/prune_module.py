@@ -83,6 +83,9 @@ def prune_module(
     moments: Moments | None = None,
     allowed_mib: float | None = None,
     batch_size: int = 32,
+    arch: str = "",
+    kernel: bool | None = None,
+    curvature_bytes_per_param: float = 0.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Pruned:
     """Return a module with narrower layers, checked against its masked twin.
@@ -110,6 +113,9 @@ def prune_module(
         moments: Mean and deviation of the values that the module takes; 0 and 1 if None.
         allowed_mib: In the place of ``allowance``, the predicted peak memory that training may reach, in MiB.
         batch_size: Samples of one forward pass, for ``allowed_mib``.
+        arch: Of the board, for ``allowed_mib``; any if empty.
+        kernel: Whether the board has the compiled kernel, for ``allowed_mib``; None if it may.
+        curvature_bytes_per_param: Optimizer state, for ``allowed_mib``.
         progress: Called with the cuts done and all cuts.
 
     Raises:
@@ -153,6 +159,9 @@ def prune_module(
             sample_shape=sample_shape,
             classes=classes,
             batch_size=batch_size,
+            arch=arch,
+            kernel=kernel,
+            curvature_bytes_per_param=curvature_bytes_per_param,
         )
     known = None if labelled is None else standardised(labelled, None, classes)
     densities: dict[str, float] = {}

