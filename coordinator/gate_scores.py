@@ -116,7 +116,7 @@ def sum_scores(
                 f"{net.name} as it is now, with draws = {draws} and seed = {seed}, makes "
                 f"{gated.identity[:16]}",
                 hint="Give the MODEL, --draws and --seed with which `scalarfed gates` was called, or score "
-                "the net as it is now on the boards.",
+                "the net as it is now, by this release, on the boards.",
             )
     total = sum_gate_scores([(name, board.found) for name, board in boards.items()])
     samples = sum(board.found.samples for board in boards.values())

@@ -320,6 +320,9 @@ def _write_scored(
         allowance=_allowance(request, problem, None),
         allowed_mib=profile.memory_mib.value if profile else None,
         batch_size=request.batch_size,
+        arch=profile.arch if profile else "",
+        kernel=request.kernel,
+        curvature_bytes_per_param=METHODS[request.trained_by].bytes_per_weight,
         seed=request.seed,
     )
     return write_pruned(pruned, folder, cost=_cost, facts=facts)

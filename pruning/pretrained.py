@@ -117,6 +117,9 @@ def narrow_pretrained(
     allowance: Allowance | None = None,
     allowed_mib: float | None = None,
     batch_size: int = 32,
+    arch: str = "",
+    kernel: bool | None = None,
+    curvature_bytes_per_param: float = 0.0,
     seed: int = 0,
 ) -> Pruned:
     """Return the net with the units that are worth most for what they cost, and with their weights.
@@ -127,7 +130,10 @@ def narrow_pretrained(
         density: See :func:`pruning.prune_module.prune_module`, and so are the following.
         allowance: What the narrow net may cost.
         allowed_mib: Predicted peak memory that training may reach, in MiB.
-        batch_size: Samples of one forward pass, for ``allowed_mib``.
+        batch_size: Samples of one forward pass, for ``allowed_mib``, and so are the following.
+        arch: Of the board.
+        kernel: Whether it has the compiled kernel.
+        curvature_bytes_per_param: Optimizer state.
         seed: For the manifest.
     """
     pruned = prune_module(
@@ -142,6 +148,9 @@ def narrow_pretrained(
         allowance=allowance,
         allowed_mib=allowed_mib,
         batch_size=batch_size,
+        arch=arch,
+        kernel=kernel,
+        curvature_bytes_per_param=curvature_bytes_per_param,
         seed=seed,
     )
     return replace(pruned, left_whole=dict(net.found.left_whole))

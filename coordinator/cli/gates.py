@@ -11,7 +11,7 @@ from coordinator.cli.parameters import Json
 __all__ = ["EXAMPLE", "gates"]
 
 EXAMPLE = (
-    "The whole way, for two boards:\n\n"
+    "Example, for two boards:\n\n"
     "scalarfed gates runs/digits -o gated\n\n"
     "scp -r gated pi-1: ; ssh pi-1 python -m edge_agent.scores gated samples.npz -o scores.json\n\n"
     "mkdir scores ; scp pi-1:scores.json scores/pi-1.json  (and so on for pi-2)\n\n"
