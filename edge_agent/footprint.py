@@ -73,31 +73,37 @@ def _drop(spans: Sequence[tuple[int, int]]) -> None:
 
 
 def _code(*, resident: bool) -> list[tuple[int, int]]:
-    """Return where code lies that only its files hold; all of it, or what is resident. Empty off Linux."""
+    """Return where code lies that only its files hold; all of it, or what is resident.
+
+    Empty off Linux, and where nothing at all is resident: an emulator's smaps say 0 of everything, of what
+    was written too.
+    """
     try:
         with _SMAPS.open() as smaps:
-            return list(_clean_code(smaps, resident=resident))
+            found = list(_clean_code(smaps))
     except OSError:
         return []
+    there = [(start, stop) for start, stop, kib in found if kib]
+    return there if resident or not there else [(start, stop) for start, stop, _ in found]
 
 
-def _clean_code(smaps: Iterable[str], *, resident: bool) -> Iterator[tuple[int, int]]:
-    """Yield the private mappings of files that nobody may write and nobody has written.
+def _clean_code(smaps: Iterable[str]) -> Iterator[tuple[int, int, int]]:
+    """Yield the private mappings of files that nobody may write and nobody has written: start, stop, KiB.
 
     A page that the loader relocated is anonymous, or swapped: no file has it, and its mapping stays. These
     two come after the resident size, the flags last.
     """
-    span, fit = "", False
+    span, fit, kib = "", False, 0
     for line in smaps:
         if line.startswith("VmFlags:"):
             if fit:
                 start, stop = (int(border, 16) for border in span.split("-"))
-                yield start, stop
-            span, fit = "", False
+                yield start, stop, kib
+            span, fit, kib = "", False, 0
         elif not span:
             span, rights, _, _, _, *name = line.split(None, 5)
             fit = rights[1] == "-" and rights[3] == "p" and bool(name) and name[0].startswith("/")
-        elif fit and resident and line.startswith("Rss:"):
-            fit = line.split()[1] != "0"
+        elif fit and line.startswith("Rss:"):
+            kib = int(line.split()[1])
         elif fit and line.startswith(("Anonymous:", "Swap:")):
             fit = line.split()[1] == "0"

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from edge_agent.footprint import _code
+
 ROOT = Path(__file__).parent.parent
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells which pages are clean")
 
@@ -83,3 +85,14 @@ def test_an_agent_starts_small():
         "import json, ssl, edge_agent.__main__; from profiles.memory import peak_rss_mib as p; print(p())"
     )
     assert run(script) < 48
+
+
+def test_an_emulators_smaps_are_not_believed(tmp_path, monkeypatch):
+    """Where smaps say that nothing is resident, nothing is dropped: qemu says so of written pages too."""
+    mapping = (
+        "7f00-7f10 r--p 0 08:01 1 /lib/a.so\nRss: {kib} kB\nAnonymous: 0 kB\nSwap: 0 kB\nVmFlags: rd mr\n"
+    )
+    monkeypatch.setattr("edge_agent.footprint._SMAPS", tmp_path / "smaps")
+    for kib, expected in ((0, []), (4, [(0x7F00, 0x7F10), (0x7F00, 0x7F10)])):
+        (tmp_path / "smaps").write_text(mapping.format(kib=0) + mapping.format(kib=kib), encoding="utf-8")
+        assert _code(resident=False) == expected
