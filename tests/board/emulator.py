@@ -64,7 +64,7 @@ class EmulatedBoard:
         """Return what a command prints in the board's root shell."""
         self._asked += 1
         begin, end = f"<<{self._asked}", f"{self._asked}>>"
-        shell = self._connected()
+        shell = self._awake()
         # The marks are put together by the shell, so that the echo of the line holds none of them.
         shell.sendall(f"echo '<<''{self._asked}'; {command}; echo '{self._asked}''>>'\n".encode())
         said, deadline = "", time.monotonic() + within_s
@@ -75,6 +75,19 @@ class EmulatedBoard:
         inner = said.split(begin, 1)[-1].split(end, 1)[0]
         inner = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]|\x1b\][^\x07\x1b]*(\x07|\x1b\\)", "", inner)
         return inner.replace("\r", "").strip()
+
+    def _awake(self, *, within_s: float = 120.0) -> socket.socket:
+        """Return the shell once it answers: what is typed while it starts, or asks its terminal, is lost."""
+        shell = self._connected()
+        mark, said, deadline = f"~{self._asked}~", "", time.monotonic() + within_s
+        while mark not in said:
+            assert time.monotonic() < deadline, f"the shell did not answer: {said[-500:]}"
+            shell.sendall(f"echo '~''{self._asked}~'\n".encode())
+            again = time.monotonic() + 5.0
+            while mark not in said and time.monotonic() < again:
+                with contextlib.suppress(TimeoutError):
+                    said += shell.recv(65536).decode(errors="replace")
+        return shell
 
     def power_off(self) -> None:
         """Shut down in order, so that the card can be read."""
