@@ -29,6 +29,7 @@ from profiles.errors import ConfigError, ModelError
 from profiles.passes import runnable_passes
 
 if TYPE_CHECKING:
+    from pruning.fit import MemoryBudget
     from pruning.plan import Allowance
 
 __all__ = ["Problem", "PruneRequest", "find_problem", "prune_to_bundle"]
@@ -229,22 +230,22 @@ def find_problem(model: str, *, data: Path | None, shape: str | None, classes: i
     return Problem(inputs.shape[1:], classes, inputs, samples.y)
 
 
-def _allowance(request: PruneRequest, problem: Problem, profile: Profile | None) -> "Allowance | None":
-    from pruning.fit import fit_memory
-    from pruning.models import standardisation
+def _allowance(request: PruneRequest) -> "Allowance | None":
     from pruning.plan import Allowance
 
     for unit, amount in (("params", request.params), ("macs", request.macs)):
         if amount is not None:
             return Allowance(unit, amount)
+    return None
+
+
+def _memory(request: PruneRequest, profile: Profile | None) -> "MemoryBudget | None":
+    from pruning.fit import MemoryBudget
+
     if profile is None:
         return None
-    return fit_memory(
+    return MemoryBudget(
         profile.memory_mib.value,
-        request.model,
-        sample_shape=problem.sample_shape,
-        classes=problem.classes,
-        standardise=None if problem.inputs is None else standardisation(problem.inputs),
         batch_size=request.batch_size,
         curvature_bytes_per_param=METHODS[request.trained_by].bytes_per_weight,
         arch=profile.arch,
@@ -255,14 +256,14 @@ def _allowance(request: PruneRequest, problem: Problem, profile: Profile | None)
 def _write_narrow(
     request: PruneRequest, problem: Problem, profile: Profile | None, folder: Path, observer: Observer
 ) -> Bundle:
+    from pruning.fit import fit_memory
     from pruning.models import moments, standardisation
     from pruning.prune import prune_model, write_pruned
     from pruning.prune_module import load_module, prune_module
 
-    own = ":" in request.model
-    allowance = _allowance(request, problem, None if own else profile)
+    allowance, memory = _allowance(request), _memory(request, profile)
     density = 0.5 if request.density is None else request.density
-    if own:
+    if ":" in request.model:
         pruned = prune_module(
             load_module(request.model, seed=request.seed),
             sample_shape=problem.sample_shape,
@@ -275,25 +276,26 @@ def _write_narrow(
             seed=request.seed,
             labelled=_labelled(problem),
             moments=None if problem.inputs is None else moments(problem.inputs),
-            allowed_mib=profile.memory_mib.value if profile else None,
-            batch_size=request.batch_size,
-            arch=profile.arch if profile else "",
-            kernel=request.kernel,
-            curvature_bytes_per_param=METHODS[request.trained_by].bytes_per_weight,
+            memory=memory,
             progress=observer.pruning,
         )
     else:
         densities, hidden = _explored(request, density)
+        problem_of: dict[str, Any] = {
+            "sample_shape": problem.sample_shape,
+            "classes": problem.classes,
+            "standardise": None if problem.inputs is None else standardisation(problem.inputs),
+        }
+        if memory is not None:
+            allowance = fit_memory(memory, request.model, **problem_of)
         pruned = prune_model(
             request.model,
-            sample_shape=problem.sample_shape,
-            classes=problem.classes,
+            **problem_of,
             method=str(request.method),
             density=density,
             allowance=allowance,
             draws=request.draws,
             seed=request.seed,
-            standardise=None if problem.inputs is None else standardisation(problem.inputs),
             labelled=_labelled(problem),
             densities=densities,
             hidden=hidden,
@@ -317,12 +319,8 @@ def _write_scored(
         net,
         total,
         density=0.5 if request.density is None else request.density,
-        allowance=_allowance(request, problem, None),
-        allowed_mib=profile.memory_mib.value if profile else None,
-        batch_size=request.batch_size,
-        arch=profile.arch if profile else "",
-        kernel=request.kernel,
-        curvature_bytes_per_param=METHODS[request.trained_by].bytes_per_weight,
+        allowance=_allowance(request),
+        memory=_memory(request, profile),
         seed=request.seed,
     )
     return write_pruned(pruned, folder, cost=_cost, facts=facts)

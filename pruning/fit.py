@@ -5,6 +5,7 @@ know how widths are chosen.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,45 +19,56 @@ from pruning.models import build_model, choose_model, model_structure
 from pruning.plan import Allowance
 from pruning.structure import Structure
 
-__all__ = ["fit_memory", "fit_structure"]
+__all__ = ["MemoryBudget", "fit_memory", "fit_structure"]
+
+
+@dataclass(frozen=True)
+class MemoryBudget:
+    """What training may hold on a board, and what decides how much it holds there, the net aside.
+
+    Attributes:
+        allowed_mib: Predicted peak memory of the agent, in MiB.
+        batch_size: Samples of a batch.
+        curvature_bytes_per_param: Optimizer state, see :func:`profiles.budget.predict_peak_mib`.
+        threads: Of the forward pass.
+        data_bytes: What the board's samples take.
+        arch: Of the board, see :func:`profiles.passes.runnable_passes`, and so are the following.
+        kernel: Whether it has the compiled kernel; None if it may.
+        image_block: Channels that its processor lays out side by side.
+    """
+
+    allowed_mib: float
+    batch_size: int = 32
+    curvature_bytes_per_param: float = 0.0
+    threads: int = 1
+    data_bytes: int = 0
+    arch: str = ""
+    kernel: bool | None = None
+    image_block: int | None = None
 
 
 def fit_memory(
-    allowed_mib: float,
+    budget: MemoryBudget,
     name: str,
     *,
     sample_shape: tuple[int, ...],
     classes: int,
     hidden: Sequence[int] | None = None,
     standardise: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None,
-    batch_size: int = 32,
-    curvature_bytes_per_param: float = 0.0,
-    threads: int = 1,
-    data_bytes: int = 0,
-    arch: str = "",
-    kernel: bool | None = None,
-    image_block: int | None = None,
 ) -> Allowance:
     """Return an allowance of the agent's predicted peak memory, in MiB.
 
     Args:
-        allowed_mib: What the board's profile allows.
+        budget: Of the board.
         name: One of :data:`pruning.models.MODELS`.
         sample_shape: Shape of one input.
         classes: Number of classes.
         hidden: Dense widths of the hidden layers of ``mlp``.
         standardise: See :func:`pruning.models.build_model`: where there is nothing to do, a pass is smaller.
-        batch_size: Samples of one forward pass.
-        curvature_bytes_per_param: Optimizer state, see :func:`profiles.budget.predict_peak_mib`.
-        threads: Of the forward pass.
-        data_bytes: What the board's samples take.
-        arch: Of the board, see :func:`profiles.passes.runnable_passes`, and so are the following.
-        kernel: Whether it has the compiled kernel.
-        image_block: Channels that its processor lays out side by side.
     """
     model = choose_model(name, sample_shape=sample_shape)
     return fit_structure(
-        allowed_mib,
+        budget,
         model_structure(model, sample_shape=sample_shape, classes=classes, hidden=hidden),
         lambda widths: build_model(
             model,
@@ -68,46 +80,25 @@ def fit_memory(
         ),
         sample_shape=sample_shape,
         classes=classes,
-        batch_size=batch_size,
-        curvature_bytes_per_param=curvature_bytes_per_param,
-        threads=threads,
-        data_bytes=data_bytes,
-        arch=arch,
-        kernel=kernel,
-        image_block=image_block,
     )
 
 
 def fit_structure(
-    allowed_mib: float,
+    budget: MemoryBudget,
     structure: Structure,
     build: Callable[[Mapping[str, int]], nn.Module],
     *,
     sample_shape: tuple[int, ...],
     classes: int,
-    batch_size: int = 32,
-    curvature_bytes_per_param: float = 0.0,
-    threads: int = 1,
-    data_bytes: int = 0,
-    arch: str = "",
-    kernel: bool | None = None,
-    image_block: int | None = None,
 ) -> Allowance:
     """Return the allowance of :func:`fit_memory` for any net.
 
     Args:
-        allowed_mib: As in :func:`fit_memory`, and so are the following.
+        budget: Of the board.
         structure: The net's groups.
         build: Makes the net at given widths.
         sample_shape: Shape of one input.
         classes: Number of classes.
-        batch_size: Samples of one forward pass.
-        curvature_bytes_per_param: Optimizer state.
-        threads: Of the forward pass.
-        data_bytes: What the board's samples take.
-        arch: Of the board.
-        kernel: Whether it has the compiled kernel.
-        image_block: Channels that its processor lays out side by side.
     """
     known: dict[tuple[int, ...], float] = {}
 
@@ -121,18 +112,18 @@ def fit_structure(
             ).graph
             known[key] = predict_peak_mib(
                 graph_cost(graph),
-                batch_size=batch_size,
+                batch_size=budget.batch_size,
                 passes=runnable_passes(
                     graph_passes(graph, graph_variants(graph)),
-                    arch=arch,
-                    kernel=kernel,
-                    image_block=image_block,
+                    arch=budget.arch,
+                    kernel=budget.kernel,
+                    image_block=budget.image_block,
                 ),
-                curvature_bytes_per_param=curvature_bytes_per_param,
-                threads=threads,
-                data_bytes=data_bytes,
+                curvature_bytes_per_param=budget.curvature_bytes_per_param,
+                threads=budget.threads,
+                data_bytes=budget.data_bytes,
                 graph_bytes=len(graph),
             ).total_mib
         return known[key]
 
-    return Allowance("MiB of predicted peak memory", allowed_mib, spend, tolerance=0.005)
+    return Allowance("MiB of predicted peak memory", budget.allowed_mib, spend, tolerance=0.005)

@@ -14,6 +14,7 @@ from torch import nn
 from edge_agent.bundle import Bundle
 from edge_agent.forward import Forward
 from profiles.errors import ModelError
+from pruning.fit import MemoryBudget
 from pruning.models import MODELS, build_model, model_structure
 from pruning.plan import Allowance
 from pruning.prune import Pruned
@@ -115,11 +116,7 @@ def narrow_pretrained(
     *,
     density: float = 0.5,
     allowance: Allowance | None = None,
-    allowed_mib: float | None = None,
-    batch_size: int = 32,
-    arch: str = "",
-    kernel: bool | None = None,
-    curvature_bytes_per_param: float = 0.0,
+    memory: MemoryBudget | None = None,
     seed: int = 0,
 ) -> Pruned:
     """Return the net with the units that are worth most for what they cost, and with their weights.
@@ -129,11 +126,7 @@ def narrow_pretrained(
         scores: One per unit, in the order of its groups.
         density: See :func:`pruning.prune_module.prune_module`, and so are the following.
         allowance: What the narrow net may cost.
-        allowed_mib: Predicted peak memory that training may reach, in MiB.
-        batch_size: Samples of one forward pass, for ``allowed_mib``, and so are the following.
-        arch: Of the board.
-        kernel: Whether it has the compiled kernel.
-        curvature_bytes_per_param: Optimizer state.
+        memory: In the place of ``allowance``, what training may hold on the board.
         seed: For the manifest.
     """
     pruned = prune_module(
@@ -146,11 +139,7 @@ def narrow_pretrained(
         scores=scores,
         density=density,
         allowance=allowance,
-        allowed_mib=allowed_mib,
-        batch_size=batch_size,
-        arch=arch,
-        kernel=kernel,
-        curvature_bytes_per_param=curvature_bytes_per_param,
+        memory=memory,
         seed=seed,
     )
     return replace(pruned, left_whole=dict(net.found.left_whole))

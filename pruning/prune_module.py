@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from profiles.errors import ModelError
-from pruning.fit import fit_structure
+from pruning.fit import MemoryBudget, fit_structure
 from pruning.gates import choose_units, split_scores
 from pruning.modules import Coupling, declare_structure, trace_structure
 from pruning.plan import Allowance, check_method, plan_widths, widths_by_scores
@@ -81,11 +81,7 @@ def prune_module(
     scores: NDArray[np.float32] | None = None,
     labelled: tuple[NDArray[np.float32], NDArray[np.int64]] | None = None,
     moments: Moments | None = None,
-    allowed_mib: float | None = None,
-    batch_size: int = 32,
-    arch: str = "",
-    kernel: bool | None = None,
-    curvature_bytes_per_param: float = 0.0,
+    memory: MemoryBudget | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Pruned:
     """Return a module with narrower layers, checked against its masked twin.
@@ -111,11 +107,7 @@ def prune_module(
             the widths follow from them, and the units with the highest keep their weights.
         labelled: Inputs as the module takes them and labels, for ``snip`` and ``grasp``.
         moments: Mean and deviation of the values that the module takes; 0 and 1 if None.
-        allowed_mib: In the place of ``allowance``, the predicted peak memory that training may reach, in MiB.
-        batch_size: Samples of one forward pass, for ``allowed_mib``.
-        arch: Of the board, for ``allowed_mib``; any if empty.
-        kernel: Whether the board has the compiled kernel, for ``allowed_mib``; None if it may.
-        curvature_bytes_per_param: Optimizer state, for ``allowed_mib``.
+        memory: In the place of ``allowance``, what training may hold on the board.
         progress: Called with the cuts done and all cuts.
 
     Raises:
@@ -151,18 +143,8 @@ def prune_module(
             sizes=None if sizes is None else sizes(widths),
         )
 
-    if allowed_mib is not None:
-        allowance = fit_structure(
-            allowed_mib,
-            structure,
-            narrowed,
-            sample_shape=sample_shape,
-            classes=classes,
-            batch_size=batch_size,
-            arch=arch,
-            kernel=kernel,
-            curvature_bytes_per_param=curvature_bytes_per_param,
-        )
+    if memory is not None:
+        allowance = fit_structure(memory, structure, narrowed, sample_shape=sample_shape, classes=classes)
     known = None if labelled is None else standardised(labelled, None, classes)
     densities: dict[str, float] = {}
     try:

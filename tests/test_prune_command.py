@@ -17,7 +17,7 @@ from coordinator.simulate import simulate
 from edge_agent.bundle import read_bundle
 from edge_agent.forward import Forward
 from profiles.errors import ModelError
-from pruning.fit import fit_memory, fit_structure
+from pruning.fit import MemoryBudget, fit_memory, fit_structure
 from pruning.models import model_structure
 from pruning.modules import trace_structure
 from pruning.prune import prune_model
@@ -311,9 +311,9 @@ def test_fitting_a_module_meets_the_predicted_memory():
         keep = {"0": range(widths["0"])}
         return narrow_module(net, structure, keep, sample_shape=(64,))
 
-    spend = fit_structure(1e3, structure, build, **options, batch_size=256).spend
+    spend = fit_structure(MemoryBudget(1e3, batch_size=256), structure, build, **options).spend
     allowed = (spend({"0": 3000}) + spend({"0": 1})) / 2
-    pruned = prune_module(net, **options, method="uniform", allowed_mib=allowed, batch_size=256)
+    pruned = prune_module(net, **options, method="uniform", memory=MemoryBudget(allowed, batch_size=256))
     assert 0.95 * allowed <= spend(pruned.widths) <= allowed
     assert 1 < pruned.widths["0"] < 3000
 
@@ -322,10 +322,10 @@ def test_fitting_meets_the_predicted_memory():
     """A net fitted to a memory between narrowest and dense is predicted within 5 % under it."""
     options = {"sample_shape": (64,), "classes": 10, "hidden": (2048, 1024)}
     structure = model_structure("mlp", **options)
-    known = fit_memory(1e3, "mlp", **options).spend
+    known = fit_memory(MemoryBudget(1e3), "mlp", **options).spend
     most, least = known(structure.dense), known(structure.narrowest)
     allowed = (most + least) / 2
-    allowance = fit_memory(allowed, "mlp", **options)
+    allowance = fit_memory(MemoryBudget(allowed), "mlp", **options)
     pruned = prune_model("mlp", **options, method="uniform", allowance=allowance)
     assert most - least > 5
     assert allowed - 0.2 * (most - least) <= allowance.spend(pruned.widths) <= allowed
@@ -337,7 +337,9 @@ def test_a_memory_below_the_narrowest_net_is_refused():
     """The message has what the board allows and what the narrowest net needs."""
     options = {"sample_shape": (1, 28, 28), "classes": 10}
     with pytest.raises(ModelError, match=r"budget of 20 MiB .* narrowest net, which needs 5\d"):
-        prune_model("lenet", **options, method="uniform", allowance=fit_memory(20, "lenet", **options))
+        prune_model(
+            "lenet", **options, method="uniform", allowance=fit_memory(MemoryBudget(20), "lenet", **options)
+        )
 
 
 def test_picture_shows_every_layer_and_the_budget():

@@ -17,7 +17,7 @@ from benchmarks.memory_prediction import find_block
 from benchmarks.memory_prediction import measure as train_fresh
 from edge_agent.native.kernel import find_kernel
 from profiles.cost import graph_cost
-from pruning.fit import fit_memory
+from pruning.fit import MemoryBudget, fit_memory
 from pruning.models import model_structure
 from pruning.plan import Allowance
 from pruning.prune import Pruned, prune_model, write_pruned
@@ -147,9 +147,9 @@ def test_a_fitted_net_needs_the_memory_that_was_allowed(model, shape, batch, hid
         "image_block": find_block() or None,
     }
     structure = model_structure(model, **options)
-    predict = fit_memory(1e3, model, **options, **board).spend
+    predict = fit_memory(MemoryBudget(1e3, **board), model, **options).spend
     allowed = (predict(structure.narrowest) + predict(structure.dense)) / 2
-    allowance = fit_memory(allowed, model, **options, **board)
+    allowance = fit_memory(MemoryBudget(allowed, **board), model, **options)
     write_pruned(prune_model(model, **options, method="uniform", allowance=allowance), tmp_path, cost=cost)
     measured = train_fresh(tmp_path, batch, kernel=kernel, threads=1, dtype="uint8")["peak"]
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from coordinator.cli.parameters import Json
+from coordinator.cli.parameters import Classes, Json, SampleShape
 
 __all__ = ["EXAMPLE", "gates"]
 
@@ -32,10 +32,8 @@ def gates(
         Path | None,
         typer.Option(help="An .npz: gives shape and classes. A run knows them.", show_default=False),
     ] = None,
-    shape: Annotated[
-        str | None, typer.Option(help="Shape of a sample, like 64 or 1x28x28.", show_default=False)
-    ] = None,
-    classes: Annotated[int | None, typer.Option(min=2, help="Number of classes.", show_default=False)] = None,
+    shape: SampleShape = None,
+    classes: Classes = None,
     draws: Annotated[int, typer.Option(min=1, help="Perturbations by which each board scores.")] = 5,
     seed: Annotated[
         int, typer.Option(min=0, max=2**63 - 1, help="Names the perturbations; the same at `prune`.")

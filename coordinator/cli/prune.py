@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from coordinator.cli.parameters import Classes, Json, SampleShape
+
 __all__ = ["EXAMPLE", "prune"]
 
 EXAMPLE = (
@@ -32,10 +34,8 @@ def prune(
         Path | None,
         typer.Option(help="An .npz: gives shape, classes and standardisation.", show_default=False),
     ] = None,
-    shape: Annotated[
-        str | None, typer.Option(help="Shape of a sample, like 64 or 1x28x28.", show_default=False)
-    ] = None,
-    classes: Annotated[int | None, typer.Option(min=2, help="Number of classes.", show_default=False)] = None,
+    shape: SampleShape = None,
+    classes: Classes = None,
     density: Annotated[
         float | None, typer.Option(help="Fraction of the parameters that stays.", show_default=False)
     ] = None,
@@ -88,9 +88,7 @@ def prune(
     seed: Annotated[
         int, typer.Option(min=0, max=2**63 - 1, help="Names the draws and the fresh weights.")
     ] = 0,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the manifest's pruning as one JSON object.")
-    ] = False,
+    as_json: Json = False,
 ) -> None:
     """Make a net smaller before training, and write it as a bundle with a picture.
 
